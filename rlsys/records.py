@@ -1,0 +1,130 @@
+"""What travels between the parts: a prompt, its sampled responses, their scores, a batch, a step.
+
+All are frozen and keyword-only. Token data are NumPy arrays so that Ray moves them without copies.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from rlsys.versions import PolicyVersion, VersionSpan
+
+FloatArray = npt.NDArray[np.float32]
+IntArray = npt.NDArray[np.int32]
+BoolArray = npt.NDArray[np.bool_]
+
+FinishReason = Literal["stop", "length"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prompt:
+    """One question of a task. `index` is its place in the epoch; (epoch, index) names it for ever.
+
+    >>> Prompt(epoch=0, index=4, text="12+7=", token_ids=(3, 4, 12, 9, 13), answer="19").index
+    4
+    """
+
+    epoch: int
+    index: int
+    text: str
+    token_ids: tuple[int, ...]
+    answer: str
+    info: Mapping[str, object] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rollout:
+    """One sampled response of T tokens, with where every token came from.
+
+    `behavior_logprobs` [T] are log μ as the engine sampled, after temperature; `version_spans` cover
+    0..T without gaps; `loss_mask` [T] is True for tokens the policy sampled.
+    """
+
+    sample: int
+    response_ids: IntArray
+    behavior_logprobs: FloatArray
+    loss_mask: BoolArray
+    version_spans: tuple[VersionSpan, ...]
+    finish_reason: FinishReason
+    text: str
+
+    def token_versions(self) -> IntArray:
+        """Policy version of every token, [T]."""
+        versions = np.empty(len(self.response_ids), dtype=np.int32)
+        for span in self.version_spans:
+            versions[span.start : span.stop] = span.version
+        return versions
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RolloutGroup:
+    """All responses to one prompt from one attempt. Times are wall-clock seconds since the epoch.
+
+    `finished_version` is the worker's serving version when the last response ended; it divides
+    a token's staleness into *in flight* and *in queue*.
+    """
+
+    slot: int
+    attempt: int
+    worker: str
+    prompt: Prompt
+    rollouts: tuple[Rollout, ...]
+    started_at: float
+    finished_at: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GroupSummary:
+    """What the controller needs to know of a finished group; the payload itself stays in the object store."""
+
+    slot: int
+    attempt: int
+    worker: str
+    tokens: int
+    oldest_version: PolicyVersion
+    newest_version: PolicyVersion
+    started_at: float
+    finished_at: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GroupScore:
+    """One reward per response of a group, [n], and when they were known."""
+
+    slot: int
+    attempt: int
+    rewards: FloatArray
+    scored_at: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScoredGroup:
+    """A group with the rewards of its responses: the unit the learner consumes."""
+
+    group: RolloutGroup
+    score: GroupScore
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LearnerStep:
+    """What one optimizer step did. `version` is the learner version *after* it.
+
+    A step refused by the non-finite guard has `applied=False` and leaves `version` unchanged.
+    """
+
+    version: PolicyVersion
+    applied: bool
+    metrics: Mapping[str, float | None]
+    trained_tokens: int
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Response:
+    """What a reward function sees of a sampled response; `finished` is False when it hit the length limit."""
+
+    text: str
+    finished: bool
