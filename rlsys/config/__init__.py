@@ -1,6 +1,6 @@
 """Run configuration: YAML plus dotted overrides, checked before anything starts."""
 
-from rlsys.config.load import load_config, parse_config
+from rlsys.config.load import dump_config, load_config, parse_config
 from rlsys.config.schema import (
     ArithmeticTask,
     CustomTask,
@@ -17,6 +17,7 @@ __all__ = [
     "ReasoningGymTask",
     "RunConfig",
     "TaskConfig",
+    "dump_config",
     "load_config",
     "parse_config",
 ]

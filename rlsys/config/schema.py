@@ -7,19 +7,52 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic_core import PydanticCustomError
 
-Positive = Annotated[int, Field(ge=1)]
-NonNegative = Annotated[int, Field(ge=0)]
-PositiveFloat = Annotated[float, Field(gt=0)]
-NonNegativeFloat = Annotated[float, Field(ge=0)]
-Fraction = Annotated[float, Field(ge=0, le=1)]
+# Strict, because pydantic would otherwise read `workers: true` as 1 and `pin_cores: 1` as true.
+Integer = Annotated[int, Field(strict=True)]
+Positive = Annotated[int, Field(strict=True, ge=1)]
+NonNegative = Annotated[int, Field(strict=True, ge=0)]
+PositiveFloat = Annotated[float, Field(strict=True, gt=0)]
+NonNegativeFloat = Annotated[float, Field(strict=True, ge=0)]
+Fraction = Annotated[float, Field(strict=True, ge=0, le=1)]
+Momentum = Annotated[float, Field(strict=True, ge=0, lt=1)]
+Flag = Annotated[bool, Field(strict=True)]
 Dtype = Literal["float32", "bfloat16"]
 
 
 class Section(BaseModel):
     """Base of all sections: frozen, strict about unknown keys, documented by its attribute docstrings."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, validate_default=True)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", use_attribute_docstrings=True, validate_default=True, allow_inf_nan=False
+    )
+
+
+def refusal(field: str, value: object, allowed: str) -> PydanticCustomError:
+    """An error about one field, to be raised by a validator of its section (or of a section above it)."""
+    return PydanticCustomError(
+        "refusal", "{field}={value}: {allowed}", {"field": field, "value": value, "allowed": allowed}
+    )
+
+
+def _refuse_unused(section: Section, name: str, allowed: frozenset[str], options: set[str]) -> None:
+    unused = sorted(o for o in options - allowed if getattr(section, o) is not None)
+    if unused:
+        also = f" ({' and '.join(unused[1:])} neither)" if unused[1:] else ""
+        takes = ", ".join(sorted(allowed)) or "no options"
+        raise refusal(unused[0], getattr(section, unused[0]), f"not used by {name!r}, which takes {takes}{also}")
+
+
+def _set_options(section: Section, options: set[str]) -> dict[str, float]:
+    return {o: float(v) for o in sorted(options) if (v := getattr(section, o)) is not None}
+
+
+def _require_target(target: str) -> str:
+    module, _, attribute = target.partition(":")
+    if not attribute.isidentifier() or not all(part.isidentifier() for part in module.split(".")):
+        raise ValueError("must be package.module:name")
+    return target
 
 
 class TinyModelConfig(Section):
@@ -30,16 +63,18 @@ class TinyModelConfig(Section):
     heads: Positive = 4
     kv_heads: Positive = 2
     intermediate_size: Positive = 384
-    tie_embeddings: bool = True
+    tie_embeddings: Flag = True
     """Share the input embedding and the output head."""
     max_positions: Positive = 512
 
     @model_validator(mode="after")
     def _heads_divide(self) -> Self:
-        if self.hidden_size % self.heads or self.heads % self.kv_heads:
-            raise ValueError(
-                f"heads={self.heads} must divide hidden_size={self.hidden_size} and be a multiple of kv_heads={self.kv_heads}"
-            )
+        if self.hidden_size % self.heads:
+            raise refusal("heads", self.heads, f"must divide hidden_size={self.hidden_size}")
+        if self.hidden_size // self.heads % 2:
+            raise refusal("heads", self.heads, f"hidden_size/heads={self.hidden_size // self.heads} must be even")
+        if self.heads % self.kv_heads:
+            raise refusal("kv_heads", self.kv_heads, f"must divide heads={self.heads}")
         return self
 
 
@@ -74,9 +109,16 @@ class ArithmeticTask(Section):
     operators: tuple[Literal["+", "-", "*"], ...] = ("+",)
     digits: Positive = 2
     """Operands have 1 to `digits` digits."""
-    operands: Annotated[int, Field(ge=2)] = 2
+    operands: Annotated[int, Field(strict=True, ge=2)] = 2
     eval_size: Positive = 512
     """Held-out questions; never sampled for training."""
+
+    @field_validator("operators")
+    @classmethod
+    def _some(cls, operators: tuple[str, ...]) -> tuple[str, ...]:
+        if not operators:
+            raise ValueError("must name at least one of '+', '-', '*'")
+        return operators
 
 
 class ReasoningGymTask(Section):
@@ -88,7 +130,7 @@ class ReasoningGymTask(Section):
     """Passed to the dataset, e.g. {min_terms: 2, max_terms: 3}."""
     size: Positive = 10_000
     eval_size: Positive = 256
-    chat: bool | None = None
+    chat: Flag | None = None
     """Apply the tokenizer's chat template. None: if it has one."""
 
 
@@ -102,7 +144,7 @@ class JsonlTask(Section):
     eval_path: Path | None = None
     """Held-out file. None: the last `eval_size` rows of `path`."""
     eval_size: Positive = 256
-    chat: bool | None = None
+    chat: Flag | None = None
     """Apply the tokenizer's chat template. None: if it has one."""
 
 
@@ -134,12 +176,25 @@ class RewardConfig(Section):
     @field_validator("function")
     @classmethod
     def _known(cls, function: str) -> str:
-        builtin = ("task", "exact_match", "math_verify")
-        if function in builtin:
+        if function in ("task", "exact_match", "math_verify"):
             return function
         if ":" not in function:
-            raise ValueError(f"expected one of {', '.join(builtin)}, or package.module:function")
+            raise ValueError("must be 'task', 'exact_match', 'math_verify', or package.module:function")
         return _require_target(function)
+
+
+# Engine arguments that would contradict a field of ours, or our promises about log-probabilities and safety.
+RESERVED_ENGINE_OPTIONS = {
+    "model": "set model.path instead",
+    "tokenizer": "set model.path instead",
+    "dtype": "set rollout.dtype instead",
+    "max_model_len": "set model.max_context instead",
+    "max_num_seqs": "set rollout.max_concurrent_sequences instead",
+    "kv_cache_memory_bytes": "set rollout.kv_cache_gib instead",
+    "seed": "set seed instead",
+    "logprobs_mode": "must be left out: importance ratios need 'processed_logprobs'",
+    "trust_remote_code": "must be left out: code that comes with a model is never run",
+}
 
 
 class RolloutConfig(Section):
@@ -152,25 +207,37 @@ class RolloutConfig(Section):
     """Responses per group (n)."""
     max_new_tokens: Positive = 16
     temperature: PositiveFloat = 1.0
-    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
-    top_k: int = -1
+    top_p: Annotated[float, Field(strict=True, gt=0, le=1)] = 1.0
+    top_k: Integer = -1
     """-1: whole vocabulary."""
     dtype: Dtype = "float32"
     """Engine's parameter type."""
     kv_cache_gib: PositiveFloat = 0.0625
     max_concurrent_sequences: Positive = 256
-    reset_kv_on_update: bool = False
+    reset_kv_on_update: Flag = False
     """Recompute running requests' KV cache under each new version instead of keeping it (a mixed policy)."""
     engine_options: dict[str, Any] = {}
     """Further vLLM engine arguments, e.g. {gpu_memory_utilization: 0.5}."""
 
+    @field_validator("engine_options")
+    @classmethod
+    def _ours_are_set_elsewhere(cls, options: dict[str, Any]) -> dict[str, Any]:
+        for option in sorted(options):
+            if option in RESERVED_ENGINE_OPTIONS:
+                raise refusal(option, options[option], RESERVED_ENGINE_OPTIONS[option])
+            if any(word in option for word in ("token", "secret", "password", "api_key")) and "tokens" not in option:
+                raise refusal(
+                    option, "***", "secrets belong in the environment: a run writes its configuration to disk"
+                )
+        return options
+
     @model_validator(mode="after")
     def _whole_vocabulary(self) -> Self:
-        if self.top_p != 1.0 or self.top_k not in (-1, 0):
-            raise ValueError(
-                f"top_p={self.top_p}, top_k={self.top_k}: truncated sampling scales every importance ratio by the mass "
-                "it cuts off, so only top_p=1 and top_k=-1 are allowed; lower the temperature instead"
-            )
+        why = "truncated sampling scales every importance ratio by the mass it cuts off; lower the temperature instead"
+        if self.top_p != 1.0:
+            raise refusal("top_p", self.top_p, f"must be 1: {why}")
+        if self.top_k not in (-1, 0):
+            raise refusal("top_k", self.top_k, f"must be -1: {why}")
         return self
 
 
@@ -192,7 +259,7 @@ class StalenessConfig(Section):
     @model_validator(mode="after")
     def _lag_within_bound(self) -> Self:
         if self.lag > self.max:
-            raise ValueError(f"serving_lag={self.serving_lag} must not exceed max={self.max}")
+            raise refusal("serving_lag", self.serving_lag, f"must not exceed max={self.max}")
         return self
 
 
@@ -218,6 +285,8 @@ class CorrectionConfig(Section):
     @model_validator(mode="after")
     def _only_its_options(self) -> Self:
         _refuse_unused(self, self.name, CORRECTION_FIELDS[self.name], {"cap", "low", "high", "tau"})
+        if self.low is not None and self.high is not None and self.low >= self.high:
+            raise refusal("low", self.low, f"must be less than high={self.high}")
         return self
 
     def options(self) -> dict[str, float]:
@@ -265,7 +334,7 @@ class ObjectiveConfig(Section):
     clip: PositiveFloat | None = None
     clip_low: PositiveFloat | None = None
     clip_high: PositiveFloat | None = None
-    dual_clip: Annotated[float, Field(gt=1)] | None = None
+    dual_clip: Annotated[float, Field(strict=True, gt=1)] | None = None
     cap: PositiveFloat | None = None
 
     @field_validator("correction", mode="before")
@@ -277,9 +346,11 @@ class ObjectiveConfig(Section):
     def _consistent(self) -> Self:
         _refuse_unused(self, self.name, OBJECTIVE_FIELDS[self.name], _OBJECTIVE_OPTIONS)
         if self.name in SEQUENCE_OBJECTIVES and self.correction.name in ("mask_token", "m2"):
-            raise ValueError(
-                f"correction {self.correction.name!r} masks single tokens, but {self.name!r} has one weight per response; "
-                "allowed with it: none, tis, mask_sequence"
+            raise refusal(
+                "correction.name",
+                self.correction.name,
+                f"masks single tokens, but {self.name!r} has one weight per response; "
+                "must be 'none', 'tis' or 'mask_sequence'",
             )
         return self
 
@@ -310,19 +381,23 @@ class KLConfig(Section):
     """Per-sequence KL that `adaptive` aims at."""
     horizon: Positive = 10_000
     """Responses over which `adaptive` reacts (Ziegler 2019)."""
-    reference: bool = True
+    reference: Flag = True
     """Run the reference actor even when coef is 0, so that the KL is reported."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         if self.coef > 0 and not self.reference:
-            raise ValueError(f"reference=false with coef={self.coef}: a KL term needs the reference actor")
+            raise refusal(
+                "reference", False, f"must be true with coef={self.coef}: a KL term needs the reference actor"
+            )
         if self.coef > 0 and self.placement == "loss" and self.estimator == "k1":
-            raise ValueError(
-                "estimator=k1 with placement=loss has zero expected gradient on-policy; use k2 or k3, or placement=reward"
+            raise refusal(
+                "estimator",
+                "k1",
+                "must be 'k2' or 'k3' with placement=loss, where k1 has zero expected gradient; or set placement=reward",
             )
         if self.schedule == "adaptive" and not self.coef > 0:
-            raise ValueError("schedule=adaptive needs coef > 0 to start from")
+            raise refusal("coef", self.coef, "must be greater than 0 with schedule=adaptive, which starts from it")
         return self
 
 
@@ -335,7 +410,7 @@ class LearnerConfig(Section):
     warmup_steps: NonNegative = 5
     schedule: Literal["constant", "linear"] = "linear"
     """After warm-up: constant, or linear decay to zero at `steps`."""
-    betas: tuple[Fraction, Fraction] = (0.9, 0.95)
+    betas: tuple[Momentum, Momentum] = (0.9, 0.95)
     weight_decay: NonNegativeFloat = 0.0
     grad_clip: PositiveFloat = 1.0
     updates_per_batch: Positive = 1
@@ -344,7 +419,7 @@ class LearnerConfig(Section):
     """Tokens of one forward/backward pass; the gradient does not depend on it."""
     row_tokens: Positive = 64
     """Row length for sequence packing; grows to the longest sequence."""
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: Flag = False
     max_nonfinite_steps: Positive = 3
     """Stop after this many refused steps in a row."""
 
@@ -370,7 +445,7 @@ class RecordsConfig(Section):
 
     rollouts_every: NonNegative = 1
     """Write the batch's responses of every n-th step to parquet; 0: never."""
-    tensorboard: bool = True
+    tensorboard: Flag = True
 
 
 class ResourcesConfig(Section):
@@ -378,7 +453,7 @@ class ResourcesConfig(Section):
 
     address: str | None = None
     """Ray cluster to join; None: start one on this machine and stop it afterwards."""
-    pin_cores: bool = True
+    pin_cores: Flag = True
     """Give the learner a core of its own and the rollout workers the others (CPU only)."""
     learner_gpus: NonNegativeFloat = 0.0
     rollout_gpus: NonNegativeFloat = 0.0
@@ -392,7 +467,7 @@ class RunConfig(Section):
     name: str = "run"
     """Directory below `run_dir`."""
     run_dir: Path = Path("runs")
-    seed: int = 0
+    seed: Integer = 0
     model: ModelConfig = ModelConfig()
     task: TaskConfig
     reward: RewardConfig = RewardConfig()
@@ -416,36 +491,42 @@ class RunConfig(Section):
     @classmethod
     def _plain_name(cls, name: str) -> str:
         if not name or name in (".", "..") or any(c in name for c in "/\\\0") or name != name.strip():
-            raise ValueError("expected a plain directory name without slashes")
+            raise ValueError("must be a plain directory name without slashes")
         return name
 
     @model_validator(mode="after")
     def _sections_agree(self) -> Self:
-        if self.rollout.max_new_tokens >= self.model.max_context:
-            raise ValueError(
-                f"rollout.max_new_tokens={self.rollout.max_new_tokens} leaves no room for a prompt in "
-                f"model.max_context={self.model.max_context}"
+        rollout, model, staleness = self.rollout, self.model, self.staleness
+        if rollout.max_new_tokens >= model.max_context:
+            raise refusal(
+                "rollout.max_new_tokens",
+                rollout.max_new_tokens,
+                f"must be less than model.max_context={model.max_context}, which also holds the prompt",
             )
-        if self.model.path is None and self.model.max_context > self.model.tiny.max_positions:
-            raise ValueError(
-                f"model.max_context={self.model.max_context} exceeds model.tiny.max_positions={self.model.tiny.max_positions}"
+        if model.path is None and model.max_context > model.tiny.max_positions:
+            raise refusal(
+                "model.max_context",
+                model.max_context,
+                f"must not exceed model.tiny.max_positions={model.tiny.max_positions}",
             )
-        slots = self.slots
-        if slots < self.rollout.prompts_per_step:
-            raise ValueError(
-                f"staleness.window={self.staleness.window} leaves {slots} slots, fewer than "
-                f"rollout.prompts_per_step={self.rollout.prompts_per_step}; allowed: window <= "
-                f"{(self.staleness.max - self.staleness.lag) * self.rollout.prompts_per_step + 1}"
+        if self.slots < rollout.prompts_per_step:
+            raise refusal(
+                "staleness.window",
+                staleness.window,
+                f"must be at most {(staleness.max - staleness.lag) * rollout.prompts_per_step + 1}: it leaves "
+                f"{self.slots} open prompts, fewer than rollout.prompts_per_step={rollout.prompts_per_step}",
             )
-        if self.learner.updates_per_batch > self.rollout.prompts_per_step:
-            raise ValueError(
-                f"learner.updates_per_batch={self.learner.updates_per_batch} exceeds "
-                f"rollout.prompts_per_step={self.rollout.prompts_per_step}"
+        if self.learner.updates_per_batch > rollout.prompts_per_step:
+            raise refusal(
+                "learner.updates_per_batch",
+                self.learner.updates_per_batch,
+                f"must not exceed rollout.prompts_per_step={rollout.prompts_per_step}",
             )
-        if self.advantage.name != "batch_whiten" and self.rollout.samples_per_prompt < 2:
-            raise ValueError(
-                f"rollout.samples_per_prompt={self.rollout.samples_per_prompt}: advantage.name={self.advantage.name} "
-                "compares responses of one group, so at least 2 are needed"
+        if self.advantage.name != "batch_whiten" and rollout.samples_per_prompt < 2:
+            raise refusal(
+                "rollout.samples_per_prompt",
+                rollout.samples_per_prompt,
+                f"must be at least 2 with advantage.name={self.advantage.name}, which compares responses of one group",
             )
         return self
 
@@ -454,21 +535,3 @@ class RunConfig(Section):
         """Prompts that may be open at once, B = (S+1)P - (W-1) with S = max - L."""
         s = self.staleness
         return (s.max - s.lag + 1) * self.rollout.prompts_per_step - (s.window - 1)
-
-
-def _refuse_unused(section: Section, name: str, allowed: frozenset[str], options: set[str]) -> None:
-    unused = sorted(o for o in options - allowed if getattr(section, o) is not None)
-    if unused:
-        takes = ", ".join(sorted(allowed)) or "no options"
-        raise ValueError(f"{unused[0]}={getattr(section, unused[0])} is not used by {name!r}, which takes {takes}")
-
-
-def _set_options(section: Section, options: set[str]) -> dict[str, float]:
-    return {o: float(v) for o in sorted(options) if (v := getattr(section, o)) is not None}
-
-
-def _require_target(target: str) -> str:
-    module, _, attribute = target.partition(":")
-    if not attribute.isidentifier() or not all(part.isidentifier() for part in module.split(".")):
-        raise ValueError("expected package.module:name")
-    return target
