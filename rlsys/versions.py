@@ -5,7 +5,17 @@ version* (newest one a rollout worker acknowledged) and the *serving version* (w
 from right now). All three are a `PolicyVersion`.
 """
 
+from __future__ import annotations
+
 from dataclasses import dataclass
+from math import prod
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+VOCAB_MULTIPLE = 64
+"""Engines pad embedding and output rows to a multiple of this; in a weight buffer the padding is zero."""
 
 PolicyVersion = int
 """Number of optimizer steps behind a set of parameters; 0 is the initial policy."""
@@ -28,8 +38,7 @@ class VersionSpan:
 class TensorSlot:
     """Where one parameter lies in the flat weight buffer (`offset` and `nbytes` in bytes).
 
-    `dtype` is torch's name without the prefix ("float32"); `rows` counts the rows present when a
-    vocabulary dimension is padded beyond the model's own shape, else equals `shape[0]`.
+    `dtype` is torch's name without the prefix ("float32").
     """
 
     name: str
@@ -37,6 +46,14 @@ class TensorSlot:
     shape: tuple[int, ...]
     offset: int
     nbytes: int
+
+    def view(self, buffer: Tensor, rows: int | None = None) -> Tensor:
+        """This parameter inside a uint8 buffer, without a copy; `rows` extends it into its padding."""
+        import torch
+
+        dtype: torch.dtype = getattr(torch, self.dtype)
+        shape = self.shape if rows is None else (rows, *self.shape[1:])
+        return buffer[self.offset : self.offset + prod(shape) * dtype.itemsize].view(dtype).view(shape)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

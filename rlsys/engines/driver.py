@@ -1,0 +1,126 @@
+"""Runs an engine in one thread, beside an asyncio loop that submits prompts and swaps weights.
+
+    generate() ──┐                      ┌── futures resolve
+                 ├─ inbox ─► [thread: apply? → add → step → deliver] ─┘
+    apply() ─────┘
+
+The thread takes commands only between two decode steps, so a new version never changes in the middle
+of one, and running requests keep running. It sleeps when there is nothing to decode.
+"""
+
+import asyncio
+import queue
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from itertools import count
+
+from rlsys.engines.protocol import ApplyReport, Engine, Sampled, Sampling
+from rlsys.errors import EngineError
+from rlsys.versions import PolicyVersion, WeightManifest
+
+Command = Callable[[], None]
+
+
+class EngineDriver:
+    """Owns the engine and its thread. All methods are called from the asyncio side."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._inbox: queue.SimpleQueue[Command | None] = queue.SimpleQueue()
+        self._pending: dict[str, Future[list[Sampled]]] = {}
+        self._keys = count()
+        self._failure: BaseException | None = None
+        self._version = engine.serving_version
+        self.generated_tokens = 0
+        self.busy_s = 0.0
+        self.paused_s = 0.0
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._thread.start()
+
+    @property
+    def serving_version(self) -> PolicyVersion:
+        """Version new tokens are sampled from."""
+        return self._version
+
+    @property
+    def pending(self) -> int:
+        """Groups submitted and not finished."""
+        return len(self._pending)
+
+    async def generate(self, prompt_ids: tuple[int, ...], samples: int, sampling: Sampling) -> list[Sampled]:
+        """All responses to one prompt. Raises `EngineError` when the engine refuses it or has failed."""
+        self._require_alive()
+        future: Future[list[Sampled]] = Future()
+        key = str(next(self._keys))
+
+        def submit() -> None:
+            try:
+                self._engine.add(key, prompt_ids, samples, sampling)
+            except EngineError as error:
+                future.set_exception(error)
+            else:
+                self._pending[key] = future
+
+        self._inbox.put(submit)
+        return await asyncio.wrap_future(future)
+
+    async def apply(self, manifest: WeightManifest, buffer: memoryview) -> ApplyReport:
+        """Serve a new version after the decode step that runs now. Raises what the engine raises."""
+        self._require_alive()
+        future: Future[ApplyReport] = Future()
+
+        def swap() -> None:
+            start = time.perf_counter()
+            try:
+                self._engine.apply(manifest, buffer)
+            except Exception as error:
+                future.set_exception(error)
+                return
+            pause = time.perf_counter() - start
+            self._version = self._engine.serving_version
+            self.paused_s += pause
+            future.set_result(ApplyReport(version=self._version, pause_s=pause))
+
+        self._inbox.put(swap)
+        return await asyncio.wrap_future(future)
+
+    def close(self) -> None:
+        """Stop the thread and the engine; unfinished requests fail with `EngineError`."""
+        self._inbox.put(None)
+        self._thread.join(timeout=30)
+        self._engine.shutdown()
+
+    def _require_alive(self) -> None:
+        if self._failure is not None:
+            raise EngineError(f"the engine stopped: {self._failure}") from self._failure
+        if not self._thread.is_alive():
+            raise EngineError("the engine is closed")
+
+    def _run(self) -> None:
+        try:
+            while self._take_commands():
+                start = time.perf_counter()
+                for key, responses in self._engine.step():
+                    self.generated_tokens += sum(len(r.response_ids) for r in responses)
+                    self._pending.pop(key).set_result(responses)
+                self.busy_s += time.perf_counter() - start
+        except BaseException as error:
+            self._failure = error
+        failure = EngineError(f"the engine stopped: {self._failure or 'closed'}")
+        failure.__cause__ = self._failure
+        for future in self._pending.values():
+            future.set_exception(failure)
+        self._pending.clear()
+
+    def _take_commands(self) -> bool:
+        """Run queued commands; wait for one when idle. False: close."""
+        while True:
+            try:
+                command = self._inbox.get(block=not self._engine.busy)
+            except queue.Empty:
+                return True
+            if command is None:
+                return False
+            command()

@@ -1,0 +1,65 @@
+"""What a rollout worker asks of an inference engine."""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from rlsys.records import BoolArray, FinishReason, FloatArray, IntArray
+from rlsys.versions import PolicyVersion, VersionSpan, WeightManifest
+
+Buffer = BoolArray | IntArray | FloatArray
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sampling:
+    """How to sample: whole vocabulary at `temperature`, or the argmax when it is 0."""
+
+    max_new_tokens: int
+    temperature: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sampled:
+    """One finished response of T tokens as the engine reports it.
+
+    `logprobs` [T] are log μ after temperature; `version_spans` come from the engine's own weight
+    versions and cover 0..T.
+    """
+
+    response_ids: IntArray
+    logprobs: FloatArray
+    version_spans: tuple[VersionSpan, ...]
+    finish_reason: FinishReason
+    text: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ApplyReport:
+    """A version now served by one worker. Decoding stood still for `pause_s` seconds."""
+
+    version: PolicyVersion
+    pause_s: float
+    verify_s: float = 0.0
+
+
+class Engine(Protocol):
+    """A continuous-batching engine, driven by one thread. Not thread-safe."""
+
+    @property
+    def serving_version(self) -> PolicyVersion:
+        """Version every token of the next step will be sampled from."""
+
+    @property
+    def busy(self) -> bool:
+        """Whether `step` would produce tokens."""
+
+    def add(self, key: str, prompt_ids: tuple[int, ...], samples: int, sampling: Sampling) -> None:
+        """Queue `samples` responses to one prompt. Raises `EngineError` when it can never fit."""
+
+    def step(self) -> list[tuple[str, list[Sampled]]]:
+        """Decode one token for every running response; return the groups that finished."""
+
+    def apply(self, manifest: WeightManifest, buffer: memoryview) -> None:
+        """Serve the manifest's version from the next step on. Raises `WeightSyncError`, leaving the old one."""
+
+    def shutdown(self) -> None:
+        """Release the engine's resources."""

@@ -1,0 +1,111 @@
+"""Takes a flat weight buffer into vLLM's model, through vLLM's own weight-transfer interface.
+
+Two ways. *Pointing*: each engine parameter becomes a view of the buffer, when the layout has its parts
+side by side (`weights.layout`); costs microseconds whatever the model's size, and needs the buffer to
+stay alive as long as it is served. *Loading*: the model's own `load_weights` copies; works for every
+architecture, dtype and device. The receiver points when it can do so for all parameters, else loads.
+"""
+
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch
+from vllm.distributed.weight_transfer.base import (
+    WeightTransferEngine,
+    WeightTransferInitInfo,
+    WeightTransferUpdateInfo,
+)
+from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
+
+from rlsys.errors import WeightSyncError
+from rlsys.versions import VOCAB_MULTIPLE, TensorSlot, WeightManifest
+
+BACKEND = "rlsys_buffer"
+
+
+@dataclass
+class BufferInit(WeightTransferInitInfo):
+    """Nothing to set up: the buffer is in this process."""
+
+
+@dataclass
+class BufferUpdate(WeightTransferUpdateInfo):
+    """A verified version: its manifest and its bytes as a uint8 tensor."""
+
+    manifest: WeightManifest
+    buffer: torch.Tensor
+
+
+class BufferReceiver(WeightTransferEngine[BufferInit, BufferUpdate]):
+    """vLLM weight-transfer engine whose transport is memory this process can already read."""
+
+    init_info_cls = BufferInit
+    update_info_cls = BufferUpdate
+    supports_draft_weight_update = False
+
+    def init_transfer_engine(self, init_info: BufferInit) -> None:
+        """Nothing to connect."""
+
+    def start_weight_update(self) -> None:
+        """A single chunk carries the whole version, so there is nothing to prepare."""
+
+    def update_weights(self, update_info: dict[str, Any]) -> None:
+        """Serve the buffer's parameters. Raises `WeightSyncError` before anything was changed."""
+        # vLLM's own method would then synchronise an accelerator; there may be none.
+        self.receive_weights(self.parse_update_info(update_info))
+
+    def receive_weights(self, update: BufferUpdate) -> None:
+        """Point at the buffer, or load from it."""
+        views = self._views(update)
+        if views is not None:
+            for parameter, view in views:
+                parameter.data = view
+            self._served = update.buffer  # the views live as long as the buffer
+        else:
+            slots = update.manifest.layout
+            loaded = self.model.load_weights((slot.name, slot.view(update.buffer)) for slot in slots)
+            if not loaded:
+                raise WeightSyncError(f"version {update.manifest.version}: the model loaded no parameter")
+
+    def finish_weight_update(self) -> None:
+        """The version is complete when `update_weights` returns."""
+
+    def shutdown(self) -> None:
+        """Nothing to release."""
+
+    def _views(self, update: BufferUpdate) -> list[tuple[torch.nn.Parameter, torch.Tensor]] | None:
+        """(parameter, view) for all of the model's parameters; None if any cannot be a view."""
+        if self.device.type != "cpu" or self.parallel_config.world_size > 1:
+            return None
+        parts: dict[str, list[TensorSlot]] = {}
+        mapping = getattr(self.model, "packed_modules_mapping", {})
+        fused = {part: name for name, members in mapping.items() for part in members}
+        for slot in update.manifest.layout:
+            name = ".".join(fused.get(piece, piece) for piece in slot.name.split("."))
+            parts.setdefault(name, []).append(slot)
+        views: list[tuple[torch.nn.Parameter, torch.Tensor]] = []
+        for name, parameter in self.model.named_parameters():
+            view = _fused_view(update.buffer, parts.pop(name, []), parameter)
+            if view is None:
+                return None
+            views.append((parameter, view))
+        return views if not parts else None
+
+
+def _fused_view(buffer: torch.Tensor, slots: list[TensorSlot], parameter: torch.nn.Parameter) -> torch.Tensor | None:
+    """A view shaped like `parameter` over adjacent slots, reaching into vocabulary padding if that is longer."""
+    if not slots or any(slot.dtype != str(parameter.dtype).removeprefix("torch.") for slot in slots):
+        return None
+    shape, rows = tuple(parameter.shape), sum(slot.shape[0] for slot in slots)
+    adjacent = all(a.offset + a.nbytes == b.offset for a, b in pairwise(slots))
+    padded = len(slots) == 1 and len(shape) == 2 and rows + -rows % VOCAB_MULTIPLE == shape[0]
+    if not adjacent or shape[1:] != slots[0].shape[1:] or not (rows == shape[0] or padded):
+        return None
+    return slots[0].view(buffer, rows=shape[0])
+
+
+def register() -> None:
+    """Make `BACKEND` known to vLLM; harmless when repeated."""
+    if BACKEND not in WeightTransferEngineFactory._registry:
+        WeightTransferEngineFactory.register_engine(BACKEND, BufferReceiver)
