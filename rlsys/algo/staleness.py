@@ -1,0 +1,87 @@
+"""How old a token is, in learner versions, and how old it can become.
+
+staleness of a token = learner version at consumption − version that sampled it
+                     = in flight (until its response finished) + in queue (until consumed)
+"""
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from rlsys.errors import ConfigError
+from rlsys.versions import PolicyVersion, VersionSpan
+
+STALENESS_BUCKETS = ("0", "1", "2", "3", "4+")
+
+
+class Staleness(NamedTuple):
+    """Ages in versions, [N] int64; total = in_flight + in_queue."""
+
+    total: Tensor
+    in_flight: Tensor
+    in_queue: Tensor
+
+
+def token_versions(spans: Iterable[VersionSpan], length: int) -> Tensor:
+    """The version that sampled each token, [length]; ValueError unless spans tile 0..length in order."""
+    versions = torch.empty(length, dtype=torch.int64)
+    reached = 0
+    for span in spans:
+        if span.start != reached or not span.start < span.stop <= length:
+            raise ValueError(f"version_spans: {span} does not continue at token {reached} of {length}")
+        versions[span.start : span.stop] = span.version
+        reached = span.stop
+    if reached != length:
+        raise ValueError(f"version_spans: cover {reached} of {length} tokens")
+    return versions
+
+
+def token_staleness(
+    versions: Tensor, *, finished_version: Tensor | PolicyVersion, learner_version: PolicyVersion
+) -> Staleness:
+    """learner_version − versions, split where the response finished. versions: [N] int64.
+
+    finished_version: the serving version when the response ended, a number or [N]. Raises ValueError when
+    a token is younger than its response's end, or a response ended after the learner's version.
+    """
+    in_flight = finished_version - versions
+    in_queue = (learner_version - finished_version) + torch.zeros_like(versions)
+    if bool((in_flight < 0).any()) or bool((in_queue < 0).any()):
+        raise ValueError("versions: must not exceed finished_version, nor that learner_version")
+    return Staleness(in_flight + in_queue, in_flight, in_queue)
+
+
+def response_staleness(staleness: Tensor, loss_mask: Tensor, response_index: Tensor, responses: int) -> Tensor:
+    """The largest staleness among a response's trained tokens, [G] int64; −1 for a response with none."""
+    oldest = torch.full((responses,), -1, dtype=torch.int64, device=staleness.device)
+    return oldest.scatter_reduce(0, response_index[loss_mask], staleness[loss_mask], "amax")
+
+
+def staleness_bucket(staleness: Tensor) -> Tensor:
+    """Index into STALENESS_BUCKETS: min(staleness, 4)."""
+    return staleness.clamp(max=len(STALENESS_BUCKETS) - 1)
+
+
+def staleness_bound(slots: int, window: int, groups_per_step: int, serving_lag: int) -> int:
+    """Oldest token that can be trained: ⌊(B + W − 2)/P⌋ + L versions.
+
+    B slots (prompts admitted and not yet trained), completion window W (1: first in, first out), P groups per
+    step, and a router that refuses workers more than L versions behind.
+    """
+    return (slots + window - 2) // groups_per_step + serving_lag
+
+
+def slots_for(bound: int, window: int, groups_per_step: int, serving_lag: int) -> int:
+    """Most slots that keep `staleness_bound` ≤ bound: B = (S+1)·P − (W−1), S = bound − L.
+
+    Raises ConfigError when fewer than P remain: a step needs P groups, and could never be assembled.
+    """
+    slots = (bound - serving_lag + 1) * groups_per_step - (window - 1)
+    if slots < groups_per_step:
+        raise ConfigError(
+            f"staleness.max={bound} leaves {slots} slots with window {window} and serving lag {serving_lag}, "
+            f"but a step needs {groups_per_step}; raise staleness.max or lower the window or the lag"
+        )
+    return slots
