@@ -1,0 +1,12 @@
+"""The learner and what it stands on; no ray, no vllm.
+
+tiny         a small Qwen2 with a character tokenizer, from scratch
+warmstart    its supervised phase, cached
+packing      ragged sequences -> dense rows, no prefix computed twice
+policy       a Hugging Face causal LM: packed tokens in, log-probabilities out
+batch        scored groups -> flat token arrays, and back to arrays per response
+optimizer    AdamW on float32 masters, with a guard against non-finite gradients
+learner      one batch in, one version on
+scorer       reference log-probabilities
+checkpoint   everything a learner is, written whole or not at all
+"""

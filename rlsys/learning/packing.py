@@ -1,0 +1,261 @@
+"""Ragged prompts and responses into dense rows without computing any prefix twice.
+
+    group:  prompt p, responses a b c | a b d | e        (the last token predicts nothing: not fed)
+
+    trie, depth first:   p ── a ── b          one row:   p  a  b
+                         └── (e: no input)    column:    0  1  2
+
+A *tree* is the trie of some responses to one prompt; a row holds whole trees (first-fit decreasing). In
+depth-first order the descendants of column j are the contiguous columns j+1 .. end_j - 1, so one integer
+per column says everything about attention: query i sees key j if and only if j <= i < end_j. Log-probabilities
+depend only on the prefix, so sharing prefixes changes no result, only the work: eight short samples of one
+prompt cost little more than one.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from rlsys.records import IntArray
+
+Int64Array = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sequences:
+    """G responses and the prompts they answer; the flat token order everywhere is response by response.
+
+    `prompts` has one entry per prompt, `prompt_of` [G] names each response's prompt.
+    """
+
+    prompts: Sequence[Sequence[int]]
+    responses: Sequence[IntArray]
+    prompt_of: Sequence[int]
+
+    def offsets(self) -> Int64Array:
+        """Where each response starts in the flat order, [G + 1]."""
+        lengths = np.fromiter((len(r) for r in self.responses), dtype=np.int64, count=len(self.responses))
+        return np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(lengths)])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Packed:
+    """One micro-batch: R rows of L columns, and where the N response tokens' predictions are.
+
+    `input_ids`, `position_ids`, `subtree_end` [R, L] int64. Token k of this micro-batch has id `token_ids[k]`,
+    is predicted at the flat place `predictors[k]` = row·L + column, and is token `token_index[k]` of the batch's
+    flat order. `responses` names the batch's responses in it, ascending, and `response_index` [N] counts within
+    those. A response is never divided.
+    """
+
+    input_ids: Tensor
+    position_ids: Tensor
+    subtree_end: Tensor
+    predictors: Tensor
+    token_ids: Tensor
+    response_index: Tensor
+    token_index: Tensor
+    responses: Int64Array
+    filled: int
+
+    def mask(self) -> Tensor:
+        """Who attends to whom, [R, 1, L, L] bool; padding attends to itself only."""
+        column = torch.arange(self.input_ids.shape[1], device=self.input_ids.device)
+        query, key = column[None, :, None], column[None, None, :]
+        return ((key <= query) & (query < self.subtree_end[:, None, :])).unsqueeze(1)
+
+    def to(self, device: torch.device) -> "Packed":
+        """The same micro-batch with its tensors on `device`."""
+        if self.input_ids.device == device:
+            return self
+        moved = {n: getattr(self, n).to(device) for n in _TENSORS}
+        return Packed(**moved, responses=self.responses, filled=self.filled)
+
+
+_TENSORS = ("input_ids", "position_ids", "subtree_end", "predictors", "token_ids", "response_index", "token_index")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Packing:
+    """All micro-batches of a batch, and what packing saved.
+
+    `fed_tokens`: columns that hold a token; `padded_tokens`: all columns; `sequence_tokens`: prompt plus
+    response tokens as if every response were fed alone.
+    """
+
+    micro_batches: tuple[Packed, ...]
+    fed_tokens: int
+    padded_tokens: int
+    sequence_tokens: int
+
+    @property
+    def fill(self) -> float:
+        """Share of columns that hold a token."""
+        return self.fed_tokens / self.padded_tokens if self.padded_tokens else 1.0
+
+    @property
+    def sharing(self) -> float:
+        """Tokens standing in the batch for every token computed."""
+        return self.sequence_tokens / self.fed_tokens if self.fed_tokens else 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class _Tree:
+    """Columns of one tree, and for its responses in turn the column that predicts each token."""
+
+    ids: Int64Array
+    depth: Int64Array
+    end: Int64Array
+    responses: tuple[int, ...]
+    predictors: tuple[Int64Array, ...]
+
+
+def pack(
+    sequences: Sequences, *, row_tokens: int, micro_batch_tokens: int, members: Iterable[int] | None = None
+) -> Packing:
+    """Pack the responses `members` (None: all) into rows of max(row_tokens, longest) columns, rows into micro-batches.
+
+    Empty responses take part in nothing. Raises ValueError for an empty prompt (nothing predicts the first token).
+    """
+    chosen = range(len(sequences.responses)) if members is None else [int(m) for m in members]
+    trees = [tree for group in _by_prompt(sequences, chosen) for tree in _trees(sequences, group, row_tokens)]
+    longest = max((len(t.ids) for t in trees), default=1)
+    rows = _first_fit_decreasing(trees, max(row_tokens, longest))
+    width = max((sum(len(t.ids) for t in row) for row in rows), default=1)
+    offsets = sequences.offsets()
+    per_pass = max(1, micro_batch_tokens // width)
+    passes = -(-len(rows) // per_pass)
+    chunks = [rows[i * len(rows) // passes : (i + 1) * len(rows) // passes] for i in range(passes)]
+    micro_batches = tuple(_materialise(chunk, width, sequences, offsets) for chunk in chunks)
+    return Packing(
+        micro_batches=micro_batches,
+        fed_tokens=sum(m.filled for m in micro_batches),
+        padded_tokens=sum(m.input_ids.numel() for m in micro_batches),
+        sequence_tokens=sum(
+            len(sequences.prompts[sequences.prompt_of[i]]) + len(sequences.responses[i]) for i in chosen
+        ),
+    )
+
+
+def _by_prompt(sequences: Sequences, chosen: Iterable[int]) -> list[list[int]]:
+    """Chosen responses of each prompt, sorted by their tokens so that shared prefixes are neighbours."""
+    groups: dict[int, list[int]] = {}
+    for response in chosen:
+        prompt = sequences.prompt_of[response]
+        if not len(sequences.prompts[prompt]):
+            raise ValueError(f"prompt {prompt} is empty: nothing predicts the first response token")
+        if len(sequences.responses[response]):
+            groups.setdefault(prompt, []).append(response)
+    for group in groups.values():
+        group.sort(key=lambda response: sequences.responses[response].tolist())
+    return list(groups.values())
+
+
+def _trees(sequences: Sequences, group: list[int], capacity: int) -> list[_Tree]:
+    """Tries over runs of one prompt's sorted responses, cut where a tree would outgrow `capacity` columns."""
+    trees: list[_Tree] = []
+    run: list[int] = []
+    size = 0
+    for response in group:
+        tokens = sequences.responses[response]
+        prompt_length = len(sequences.prompts[sequences.prompt_of[response]])
+        added = len(tokens) - 1
+        if run:
+            added -= _common_prefix(tokens[:-1], sequences.responses[run[-1]][:-1])
+        if run and size + added > capacity:
+            trees.append(_tree(sequences, run))
+            run = []
+        if not run:
+            size, added = 0, prompt_length + len(tokens) - 1
+        run.append(response)
+        size += added
+    if run:
+        trees.append(_tree(sequences, run))
+    return trees
+
+
+def _tree(sequences: Sequences, run: list[int]) -> _Tree:
+    """The trie of `run` (sorted responses to one prompt) in depth-first order.
+
+    `path` holds the columns from the root to the current leaf; a column's subtree ends where the next
+    response leaves the path above it.
+    """
+    prompt = np.asarray(sequences.prompts[sequences.prompt_of[run[0]]], dtype=np.int64)
+    most = len(prompt) + sum(len(sequences.responses[response]) for response in run)
+    ids, depths, ends = np.zeros((3, most), dtype=np.int64)
+    columns = len(prompt)
+    ids[:columns], depths[:columns] = prompt, np.arange(columns)
+    path = np.arange(columns)
+    predictors = []
+    fed: IntArray = np.empty(0, dtype=np.int32)
+    for response in run:
+        tokens = sequences.responses[response][:-1]
+        shared = _common_prefix(tokens, fed)
+        fed = tokens
+        depth, new = len(prompt) + shared, len(fed) - shared
+        ends[path[depth:]] = columns
+        path = np.concatenate([path[:depth], np.arange(columns, columns + new)])
+        ids[columns : columns + new] = fed[shared:]
+        depths[columns : columns + new] = np.arange(depth, depth + new)
+        columns += new
+        predictors.append(path[len(prompt) - 1 :])
+    ends[path] = columns
+    return _Tree(ids[:columns], depths[:columns], ends[:columns], tuple(run), tuple(predictors))
+
+
+def _common_prefix(left: IntArray, right: IntArray) -> int:
+    shorter = min(len(left), len(right))
+    differs = np.flatnonzero(left[:shorter] != right[:shorter])
+    return int(differs[0]) if len(differs) else shorter
+
+
+def _first_fit_decreasing(trees: list[_Tree], capacity: int) -> list[list[_Tree]]:
+    rows: list[list[_Tree]] = []
+    room = np.zeros(len(trees), dtype=np.int64)
+    for tree in sorted(trees, key=lambda t: -len(t.ids)):
+        fits = np.flatnonzero(room[: len(rows)] >= len(tree.ids))
+        if len(fits):
+            row = int(fits[0])
+        else:
+            row = len(rows)
+            rows.append([])
+            room[row] = capacity
+        rows[row].append(tree)
+        room[row] -= len(tree.ids)
+    return rows
+
+
+def _materialise(rows: list[list[_Tree]], width: int, sequences: Sequences, offsets: Int64Array) -> Packed:
+    """Dense tensors of some rows; tokens ordered by response, as in the batch."""
+    ids = np.zeros((len(rows), width), dtype=np.int64)
+    depth = np.zeros((len(rows), width), dtype=np.int64)
+    end = np.broadcast_to(np.arange(1, width + 1), ids.shape).copy()
+    predictors: dict[int, Int64Array] = {}
+    filled = 0
+    for r, row in enumerate(rows):
+        start = 0
+        for tree in row:
+            stop = start + len(tree.ids)
+            ids[r, start:stop], depth[r, start:stop], end[r, start:stop] = tree.ids, tree.depth, tree.end + start
+            for response, columns in zip(tree.responses, tree.predictors, strict=True):
+                predictors[response] = columns + (r * width + start)
+            start = stop
+        filled += start
+    order = sorted(predictors)
+    lengths = [len(predictors[i]) for i in order]
+    tokens = np.concatenate([sequences.responses[i] for i in order]).astype(np.int64)
+    return Packed(
+        input_ids=torch.from_numpy(ids),
+        position_ids=torch.from_numpy(depth),
+        subtree_end=torch.from_numpy(end),
+        predictors=torch.from_numpy(np.concatenate([predictors[i] for i in order])),
+        token_ids=torch.from_numpy(tokens),
+        response_index=torch.from_numpy(np.repeat(np.arange(len(order)), lengths)),
+        responses=np.asarray(order, dtype=np.int64),
+        token_index=torch.from_numpy(np.concatenate([np.arange(offsets[i], offsets[i + 1]) for i in order])),
+        filled=filled,
+    )
