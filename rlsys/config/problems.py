@@ -102,7 +102,7 @@ def _did_you_mean(word: str, choices: list[str]) -> str:
 
 
 def _locate(loc: tuple[int | str, ...], root: type[BaseModel]) -> tuple[list[int | str], list[type[BaseModel]]]:
-    """The path without pydantic's union tags, and the section it ends in (for a union: that variant, then the others)."""
+    """The path without pydantic's union tags, and the section it ends in (of a union: that variant first)."""
     path: list[int | str] = []
     section = [root]
     steps = iter(loc)

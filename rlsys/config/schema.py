@@ -6,53 +6,65 @@ Nothing here imports torch, ray or vllm, so that a configuration can be checked 
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
-from pydantic_core import PydanticCustomError
+from pydantic import Field, field_validator, model_validator
 
-# Strict, because pydantic would otherwise read `workers: true` as 1 and `pin_cores: 1` as true.
-Integer = Annotated[int, Field(strict=True)]
-Positive = Annotated[int, Field(strict=True, ge=1)]
-NonNegative = Annotated[int, Field(strict=True, ge=0)]
-PositiveFloat = Annotated[float, Field(strict=True, gt=0)]
-NonNegativeFloat = Annotated[float, Field(strict=True, ge=0)]
-Fraction = Annotated[float, Field(strict=True, ge=0, le=1)]
-Momentum = Annotated[float, Field(strict=True, ge=0, lt=1)]
-Flag = Annotated[bool, Field(strict=True)]
-Dtype = Literal["float32", "bfloat16"]
+from rlsys.config.objective import (
+    CORRECTION_FIELDS,
+    OBJECTIVE_FIELDS,
+    SEQUENCE_OBJECTIVES,
+    AdvantageConfig,
+    CorrectionConfig,
+    CorrectionName,
+    KLConfig,
+    ObjectiveConfig,
+    ObjectiveName,
+)
+from rlsys.config.section import (
+    Dtype,
+    Flag,
+    Fraction,
+    Integer,
+    Momentum,
+    NonNegative,
+    NonNegativeFloat,
+    Positive,
+    PositiveFloat,
+    Section,
+    refusal,
+)
+from rlsys.config.tasks import ArithmeticTask, CustomTask, JsonlTask, ReasoningGymTask, RewardConfig, TaskConfig
 
-
-class Section(BaseModel):
-    """Base of all sections: frozen, strict about unknown keys, documented by its attribute docstrings."""
-
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", use_attribute_docstrings=True, validate_default=True, allow_inf_nan=False
-    )
-
-
-def refusal(field: str, value: object, allowed: str) -> PydanticCustomError:
-    """An error about one field, to be raised by a validator of its section (or of a section above it)."""
-    return PydanticCustomError(
-        "refusal", "{field}={value}: {allowed}", {"field": field, "value": value, "allowed": allowed}
-    )
-
-
-def _refuse_unused(section: Section, name: str, allowed: frozenset[str], options: set[str]) -> None:
-    unused = sorted(o for o in options - allowed if getattr(section, o) is not None)
-    if unused:
-        also = f" ({' and '.join(unused[1:])} neither)" if unused[1:] else ""
-        takes = ", ".join(sorted(allowed)) or "no options"
-        raise refusal(unused[0], getattr(section, unused[0]), f"not used by {name!r}, which takes {takes}{also}")
-
-
-def _set_options(section: Section, options: set[str]) -> dict[str, float]:
-    return {o: float(v) for o in sorted(options) if (v := getattr(section, o)) is not None}
-
-
-def _require_target(target: str) -> str:
-    module, _, attribute = target.partition(":")
-    if not attribute.isidentifier() or not all(part.isidentifier() for part in module.split(".")):
-        raise ValueError("must be package.module:name")
-    return target
+__all__ = [
+    "AdvantageConfig",
+    "ArithmeticTask",
+    "CORRECTION_FIELDS",
+    "CheckpointConfig",
+    "CorrectionConfig",
+    "CorrectionName",
+    "CustomTask",
+    "Dtype",
+    "EvalConfig",
+    "JsonlTask",
+    "KLConfig",
+    "LearnerConfig",
+    "ModelConfig",
+    "OBJECTIVE_FIELDS",
+    "ObjectiveConfig",
+    "ObjectiveName",
+    "RESERVED_ENGINE_OPTIONS",
+    "ReasoningGymTask",
+    "RecordsConfig",
+    "ResourcesConfig",
+    "RewardConfig",
+    "RolloutConfig",
+    "RunConfig",
+    "SEQUENCE_OBJECTIVES",
+    "StalenessConfig",
+    "TaskConfig",
+    "TinyModelConfig",
+    "WarmstartConfig",
+    "WeightsConfig",
+]
 
 
 class TinyModelConfig(Section):
@@ -102,87 +114,6 @@ class ModelConfig(Section):
     """Longest prompt plus response, in tokens."""
 
 
-class ArithmeticTask(Section):
-    """Questions such as `12+345=`, made on the fly; exact answer then end-of-sequence."""
-
-    name: Literal["arithmetic"]
-    operators: tuple[Literal["+", "-", "*"], ...] = ("+",)
-    digits: Positive = 2
-    """Operands have 1 to `digits` digits."""
-    operands: Annotated[int, Field(strict=True, ge=2)] = 2
-    eval_size: Positive = 512
-    """Held-out questions; never sampled for training."""
-
-    @field_validator("operators")
-    @classmethod
-    def _some(cls, operators: tuple[str, ...]) -> tuple[str, ...]:
-        if not operators:
-            raise ValueError("must name at least one of '+', '-', '*'")
-        return operators
-
-
-class ReasoningGymTask(Section):
-    """Any dataset of the reasoning-gym library, scored by that dataset's own scorer."""
-
-    name: Literal["reasoning_gym"]
-    dataset: str
-    options: dict[str, Any] = {}
-    """Passed to the dataset, e.g. {min_terms: 2, max_terms: 3}."""
-    size: Positive = 10_000
-    eval_size: Positive = 256
-    chat: Flag | None = None
-    """Apply the tokenizer's chat template. None: if it has one."""
-
-
-class JsonlTask(Section):
-    """Prompt and answer columns of a .jsonl, .json, .csv or .parquet file."""
-
-    name: Literal["jsonl"]
-    path: Path
-    prompt_column: str = "prompt"
-    answer_column: str = "answer"
-    eval_path: Path | None = None
-    """Held-out file. None: the last `eval_size` rows of `path`."""
-    eval_size: Positive = 256
-    chat: Flag | None = None
-    """Apply the tokenizer's chat template. None: if it has one."""
-
-
-class CustomTask(Section):
-    """A task class of yours, `package.module:Class`; see `rlsys.tasks.Task`."""
-
-    name: Literal["custom"]
-    target: str
-    options: dict[str, Any] = {}
-
-    @field_validator("target")
-    @classmethod
-    def _names_an_object(cls, target: str) -> str:
-        return _require_target(target)
-
-
-TaskConfig = Annotated[ArithmeticTask | ReasoningGymTask | JsonlTask | CustomTask, Field(discriminator="name")]
-
-
-class RewardConfig(Section):
-    """How a response becomes a number."""
-
-    function: str = "task"
-    """`task` (the task's own scorer), `exact_match`, `math_verify`, or yours as `package.module:function`."""
-    workers: Positive = 1
-    timeout_s: PositiveFloat = 30.0
-    retries: NonNegative = 2
-
-    @field_validator("function")
-    @classmethod
-    def _known(cls, function: str) -> str:
-        if function in ("task", "exact_match", "math_verify"):
-            return function
-        if ":" not in function:
-            raise ValueError("must be 'task', 'exact_match', 'math_verify', or package.module:function")
-        return _require_target(function)
-
-
 # Engine arguments that would contradict a field of ours, or our promises about log-probabilities and safety.
 RESERVED_ENGINE_OPTIONS = {
     "model": "set model.path instead",
@@ -190,8 +121,8 @@ RESERVED_ENGINE_OPTIONS = {
     "dtype": "set rollout.dtype instead",
     "max_model_len": "set model.max_context instead",
     "max_num_seqs": "set rollout.max_concurrent_sequences instead",
-    "kv_cache_memory_bytes": "set rollout.kv_cache_gib instead",
     "seed": "set seed instead",
+    "async_scheduling": "must be left out: tokens decoded across a weight update would carry the wrong version",
     "logprobs_mode": "must be left out: importance ratios need 'processed_logprobs'",
     "trust_remote_code": "must be left out: code that comes with a model is never run",
 }
@@ -225,11 +156,23 @@ class RolloutConfig(Section):
         for option in sorted(options):
             if option in RESERVED_ENGINE_OPTIONS:
                 raise refusal(option, options[option], RESERVED_ENGINE_OPTIONS[option])
-            if any(word in option for word in ("token", "secret", "password", "api_key")) and "tokens" not in option:
+            if {"token", "secret", "password", "key"} & set(option.split("_")):
                 raise refusal(
-                    option, "***", "secrets belong in the environment: a run writes its configuration to disk"
+                    option,
+                    "***",
+                    "must be left out: a run writes its configuration to disk; secrets belong in the environment",
                 )
         return options
+
+    @model_validator(mode="after")
+    def _no_stale_prefixes(self) -> Self:
+        if self.engine_options.get("enable_prefix_caching") and not self.reset_kv_on_update:
+            raise refusal(
+                "engine_options.enable_prefix_caching",
+                True,
+                "must be left out unless reset_kv_on_update=true: cached prefixes outlive a weight update",
+            )
+        return self
 
     @model_validator(mode="after")
     def _whole_vocabulary(self) -> Self:
@@ -260,144 +203,6 @@ class StalenessConfig(Section):
     def _lag_within_bound(self) -> Self:
         if self.lag > self.max:
             raise refusal("serving_lag", self.serving_lag, f"must not exceed max={self.max}")
-        return self
-
-
-CorrectionName = Literal["none", "tis", "mask_token", "mask_sequence", "m2"]
-CORRECTION_FIELDS: dict[str, frozenset[str]] = {
-    "none": frozenset(),
-    "tis": frozenset({"cap"}),
-    "mask_token": frozenset({"low", "high"}),
-    "mask_sequence": frozenset({"low", "high", "cap"}),
-    "m2": frozenset({"tau"}),
-}
-
-
-class CorrectionConfig(Section):
-    """What is done about q = π_V/μ, the ratio fixed during a step."""
-
-    name: CorrectionName = "none"
-    cap: PositiveFloat | None = None
-    low: NonNegativeFloat | None = None
-    high: PositiveFloat | None = None
-    tau: PositiveFloat | None = None
-
-    @model_validator(mode="after")
-    def _only_its_options(self) -> Self:
-        _refuse_unused(self, self.name, CORRECTION_FIELDS[self.name], {"cap", "low", "high", "tau"})
-        if self.low is not None and self.high is not None and self.low >= self.high:
-            raise refusal("low", self.low, f"must be less than high={self.high}")
-        return self
-
-    def options(self) -> dict[str, float]:
-        """The options that were set, by name."""
-        return _set_options(self, {"cap", "low", "high", "tau"})
-
-
-ObjectiveName = Literal[
-    "reinforce",
-    "is_token",
-    "is_sequence",
-    "is_sequence_truncated",
-    "is_token_truncated",
-    "ppo_clip",
-    "decoupled_ppo",
-    "cispo",
-    "aipo",
-    "gspo",
-    "raft",
-]
-OBJECTIVE_FIELDS: dict[str, frozenset[str]] = {
-    "reinforce": frozenset(),
-    "is_token": frozenset(),
-    "is_sequence": frozenset(),
-    "is_sequence_truncated": frozenset({"clip"}),
-    "is_token_truncated": frozenset({"clip"}),
-    "ppo_clip": frozenset({"clip_low", "clip_high", "dual_clip"}),
-    "decoupled_ppo": frozenset({"clip_low", "clip_high"}),
-    "cispo": frozenset({"cap"}),
-    "aipo": frozenset({"cap"}),
-    "gspo": frozenset({"clip_low", "clip_high"}),
-    "raft": frozenset(),
-}
-_OBJECTIVE_OPTIONS = {"clip", "clip_low", "clip_high", "dual_clip", "cap"}
-SEQUENCE_OBJECTIVES = frozenset({"is_sequence", "is_sequence_truncated", "gspo"})
-
-
-class ObjectiveConfig(Section):
-    """The surrogate the learner maximises. Unset options take the objective's published default."""
-
-    name: ObjectiveName = "ppo_clip"
-    reduce: Literal["token_mean", "sequence_mean", "constant"] = "token_mean"
-    correction: CorrectionConfig = CorrectionConfig()
-    """A correction's name, or a section with its options."""
-    clip: PositiveFloat | None = None
-    clip_low: PositiveFloat | None = None
-    clip_high: PositiveFloat | None = None
-    dual_clip: Annotated[float, Field(strict=True, gt=1)] | None = None
-    cap: PositiveFloat | None = None
-
-    @field_validator("correction", mode="before")
-    @classmethod
-    def _name_alone(cls, value: object) -> object:
-        return {"name": value} if isinstance(value, str) else value
-
-    @model_validator(mode="after")
-    def _consistent(self) -> Self:
-        _refuse_unused(self, self.name, OBJECTIVE_FIELDS[self.name], _OBJECTIVE_OPTIONS)
-        if self.name in SEQUENCE_OBJECTIVES and self.correction.name in ("mask_token", "m2"):
-            raise refusal(
-                "correction.name",
-                self.correction.name,
-                f"masks single tokens, but {self.name!r} has one weight per response; "
-                "must be 'none', 'tis' or 'mask_sequence'",
-            )
-        return self
-
-    def options(self) -> dict[str, float]:
-        """The options that were set, by name."""
-        return _set_options(self, _OBJECTIVE_OPTIONS)
-
-
-class AdvantageConfig(Section):
-    """How rewards of a group become advantages."""
-
-    name: Literal["group_mean", "grpo", "rloo", "batch_whiten"] = "grpo"
-
-
-class KLConfig(Section):
-    """KL to the frozen reference policy."""
-
-    coef: NonNegativeFloat = 0.0
-    """Coefficient β; the initial one when `schedule` is not fixed."""
-    estimator: Literal["k1", "k2", "k3"] = "k3"
-    placement: Literal["loss", "reward"] = "loss"
-    cap: PositiveFloat = 2.0
-    """Cap of the importance weight on the KL term in the loss."""
-    schedule: Literal["fixed", "linear", "adaptive"] = "fixed"
-    final_coef: NonNegativeFloat = 0.0
-    """Where `linear` ends."""
-    target: PositiveFloat = 1.0
-    """Per-sequence KL that `adaptive` aims at."""
-    horizon: Positive = 10_000
-    """Responses over which `adaptive` reacts (Ziegler 2019)."""
-    reference: Flag = True
-    """Run the reference actor even when coef is 0, so that the KL is reported."""
-
-    @model_validator(mode="after")
-    def _consistent(self) -> Self:
-        if self.coef > 0 and not self.reference:
-            raise refusal(
-                "reference", False, f"must be true with coef={self.coef}: a KL term needs the reference actor"
-            )
-        if self.coef > 0 and self.placement == "loss" and self.estimator == "k1":
-            raise refusal(
-                "estimator",
-                "k1",
-                "must be 'k2' or 'k3' with placement=loss, where k1 has zero expected gradient; or set placement=reward",
-            )
-        if self.schedule == "adaptive" and not self.coef > 0:
-            raise refusal("coef", self.coef, "must be greater than 0 with schedule=adaptive, which starts from it")
         return self
 
 
@@ -448,6 +253,13 @@ class RecordsConfig(Section):
     tensorboard: Flag = True
 
 
+class WeightsConfig(Section):
+    """How versions reach the rollout workers."""
+
+    timeout_s: PositiveFloat = 60.0
+    """A version that no worker acknowledges within this time stops the run."""
+
+
 class ResourcesConfig(Section):
     """Where the parts run."""
 
@@ -459,6 +271,8 @@ class ResourcesConfig(Section):
     rollout_gpus: NonNegativeFloat = 0.0
     reference_gpus: NonNegativeFloat = 0.0
     learner_threads: Positive = 1
+    object_store_gib: PositiveFloat = 1.0
+    """Shared memory of a cluster started here; a few versions and batches must fit."""
 
 
 class RunConfig(Section):
@@ -473,6 +287,7 @@ class RunConfig(Section):
     reward: RewardConfig = RewardConfig()
     rollout: RolloutConfig = RolloutConfig()
     staleness: StalenessConfig = StalenessConfig()
+    weights: WeightsConfig = WeightsConfig()
     objective: ObjectiveConfig = ObjectiveConfig()
     advantage: AdvantageConfig = AdvantageConfig()
     kl: KLConfig = KLConfig()
@@ -526,7 +341,7 @@ class RunConfig(Section):
             raise refusal(
                 "rollout.samples_per_prompt",
                 rollout.samples_per_prompt,
-                f"must be at least 2 with advantage.name={self.advantage.name}, which compares responses of one group",
+                f"must be at least 2 with advantage.name={self.advantage.name}, which compares responses to one prompt",
             )
         return self
 

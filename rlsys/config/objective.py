@@ -1,0 +1,154 @@
+"""Sections for what the learner maximises: the surrogate, its correction, advantages, and the KL term."""
+
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, field_validator, model_validator
+
+from rlsys.config.section import (
+    Flag,
+    NonNegativeFloat,
+    Positive,
+    PositiveFloat,
+    Section,
+    refusal,
+    refuse_unused,
+    set_options,
+)
+
+CorrectionName = Literal["none", "tis", "mask_token", "mask_sequence", "m2"]
+CORRECTION_FIELDS: dict[str, frozenset[str]] = {
+    "none": frozenset(),
+    "tis": frozenset({"cap"}),
+    "mask_token": frozenset({"low", "high"}),
+    "mask_sequence": frozenset({"low", "high", "cap"}),
+    "m2": frozenset({"tau"}),
+}
+
+
+class CorrectionConfig(Section):
+    """What is done about q = π_V/μ, the ratio fixed during a step."""
+
+    name: CorrectionName = "none"
+    cap: PositiveFloat | None = None
+    low: NonNegativeFloat | None = None
+    high: PositiveFloat | None = None
+    tau: PositiveFloat | None = None
+
+    @model_validator(mode="after")
+    def _only_its_options(self) -> Self:
+        refuse_unused(self, self.name, CORRECTION_FIELDS[self.name], {"cap", "low", "high", "tau"})
+        if self.low is not None and self.high is not None and self.low >= self.high:
+            raise refusal("low", self.low, f"must be less than high={self.high}")
+        return self
+
+    def options(self) -> dict[str, float]:
+        """The options that were set, by name."""
+        return set_options(self, {"cap", "low", "high", "tau"})
+
+
+ObjectiveName = Literal[
+    "reinforce",
+    "is_token",
+    "is_sequence",
+    "is_sequence_truncated",
+    "is_token_truncated",
+    "ppo_clip",
+    "decoupled_ppo",
+    "cispo",
+    "aipo",
+    "gspo",
+    "raft",
+]
+OBJECTIVE_FIELDS: dict[str, frozenset[str]] = {
+    "reinforce": frozenset(),
+    "is_token": frozenset(),
+    "is_sequence": frozenset(),
+    "is_sequence_truncated": frozenset({"clip"}),
+    "is_token_truncated": frozenset({"clip"}),
+    "ppo_clip": frozenset({"clip_low", "clip_high", "dual_clip"}),
+    "decoupled_ppo": frozenset({"clip_low", "clip_high"}),
+    "cispo": frozenset({"cap"}),
+    "aipo": frozenset({"cap"}),
+    "gspo": frozenset({"clip_low", "clip_high"}),
+    "raft": frozenset(),
+}
+_OBJECTIVE_OPTIONS = {"clip", "clip_low", "clip_high", "dual_clip", "cap"}
+SEQUENCE_OBJECTIVES = frozenset({"is_sequence", "is_sequence_truncated", "gspo"})
+
+
+class ObjectiveConfig(Section):
+    """The surrogate the learner maximises. Unset options take the objective's published default."""
+
+    name: ObjectiveName = "ppo_clip"
+    reduce: Literal["token_mean", "sequence_mean", "constant"] = "token_mean"
+    correction: CorrectionConfig = CorrectionConfig()
+    """A correction's name, or a section with its options."""
+    clip: PositiveFloat | None = None
+    clip_low: PositiveFloat | None = None
+    clip_high: PositiveFloat | None = None
+    dual_clip: Annotated[float, Field(strict=True, gt=1)] | None = None
+    cap: PositiveFloat | None = None
+
+    @field_validator("correction", mode="before")
+    @classmethod
+    def _name_alone(cls, value: object) -> object:
+        return {"name": value} if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        refuse_unused(self, self.name, OBJECTIVE_FIELDS[self.name], _OBJECTIVE_OPTIONS)
+        if self.name in SEQUENCE_OBJECTIVES and self.correction.name in ("mask_token", "m2"):
+            raise refusal(
+                "correction.name",
+                self.correction.name,
+                f"masks single tokens, but {self.name!r} has one weight per response; "
+                "must be 'none', 'tis' or 'mask_sequence'",
+            )
+        return self
+
+    def options(self) -> dict[str, float]:
+        """The options that were set, by name."""
+        return set_options(self, _OBJECTIVE_OPTIONS)
+
+
+class AdvantageConfig(Section):
+    """How rewards of a group become advantages."""
+
+    name: Literal["group_mean", "grpo", "rloo", "batch_whiten"] = "grpo"
+
+
+class KLConfig(Section):
+    """KL to the frozen reference policy."""
+
+    coef: NonNegativeFloat = 0.0
+    """Coefficient β; the initial one when `schedule` is not fixed."""
+    estimator: Literal["k1", "k2", "k3"] = "k3"
+    placement: Literal["loss", "reward"] = "loss"
+    cap: PositiveFloat = 2.0
+    """Cap of the importance weight on the KL term in the loss."""
+    schedule: Literal["fixed", "linear", "adaptive"] = "fixed"
+    final_coef: NonNegativeFloat = 0.0
+    """Where `linear` ends."""
+    target: PositiveFloat = 1.0
+    """Per-sequence KL that `adaptive` aims at."""
+    horizon: Positive = 10_000
+    """Responses over which `adaptive` reacts (Ziegler 2019)."""
+    reference: Flag = True
+    """Run the reference actor even when coef is 0, so that the KL is reported."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.coef > 0 and not self.reference:
+            raise refusal(
+                "reference", False, f"must be true with coef={self.coef}: a KL term needs the reference actor"
+            )
+        if self.coef > 0 and self.placement == "loss" and self.estimator == "k1":
+            raise refusal(
+                "estimator",
+                "k1",
+                "must be 'k2' or 'k3' with placement=loss, where the gradient of k1 is zero on average; "
+                "or set placement=reward",
+            )
+        if self.schedule == "adaptive" and not self.coef > 0:
+            raise refusal("coef", self.coef, "must be greater than 0 with schedule=adaptive, which starts from it")
+        return self
