@@ -60,23 +60,6 @@ class Rollout:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class RolloutGroup:
-    """All responses to one prompt from one attempt. Times are wall-clock seconds since the epoch.
-
-    `finished_version` is the worker's serving version when the last response ended; it divides
-    a token's staleness into *in flight* and *in queue*.
-    """
-
-    slot: int
-    attempt: int
-    worker: str
-    prompt: Prompt
-    rollouts: tuple[Rollout, ...]
-    started_at: float
-    finished_at: float
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class GroupSummary:
     """What the controller needs to know of a finished group; the payload itself stays in the object store."""
 
@@ -88,6 +71,33 @@ class GroupSummary:
     newest_version: PolicyVersion
     started_at: float
     finished_at: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RolloutGroup:
+    """All responses to one prompt from one attempt. Times are wall-clock seconds since the epoch."""
+
+    slot: int
+    attempt: int
+    worker: str
+    prompt: Prompt
+    rollouts: tuple[Rollout, ...]
+    started_at: float
+    finished_at: float
+
+    def summary(self) -> GroupSummary:
+        """What the controller needs to know of this group."""
+        versions = [span.version for rollout in self.rollouts for span in rollout.version_spans]
+        return GroupSummary(
+            slot=self.slot,
+            attempt=self.attempt,
+            worker=self.worker,
+            tokens=sum(len(rollout.response_ids) for rollout in self.rollouts),
+            oldest_version=min(versions),
+            newest_version=max(versions),
+            started_at=self.started_at,
+            finished_at=self.finished_at,
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -128,3 +138,21 @@ class Response:
 
     text: str
     finished: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BatchArrays:
+    """What a learner step knew of every response token, for the records; arrays in the batch's flat order.
+
+    Tokens of response i (groups in order, rollouts in order) are `offsets[i]:offsets[i + 1]`: the layout of an
+    Arrow list column. `policy_logprobs` are log π_θ when the token's gradient was taken, `step_start_logprobs`
+    log π_V; `masked` is what the correction dropped. `advantages` [G].
+    """
+
+    offsets: npt.NDArray[np.int64]
+    policy_logprobs: FloatArray
+    step_start_logprobs: FloatArray
+    reference_logprobs: FloatArray | None
+    clipped: BoolArray
+    masked: BoolArray
+    advantages: FloatArray

@@ -1,0 +1,1 @@
+"""Thin Ray shells: each holds one plain object and forwards calls to it."""

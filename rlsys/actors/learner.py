@@ -1,0 +1,82 @@
+"""The learner actor: one optimizer step a call, and the weights each step made."""
+
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from rlsys.actors.process import settle
+from rlsys.config.schema import RunConfig
+from rlsys.records import BatchArrays, FloatArray, GroupScore, LearnerStep, RolloutGroup, ScoredGroup
+from rlsys.versions import PolicyVersion
+from rlsys.weights.transport import WeightTicket
+
+
+@ray.remote(concurrency_groups={"control": 1})
+class LearnerActor:
+    """Holds the learner and the buffer its parameters are published from."""
+
+    def __init__(self, path: str, config: RunConfig, resume: Path | None) -> None:
+        on_gpu = config.resources.learner_gpus > 0
+        threads = config.resources.learner_threads
+        settle("learner", threads=threads, pin=config.resources.pin_cores and not on_gpu)
+        import torch
+
+        from rlsys.learning.checkpoint import restore
+        from rlsys.learning.learner import Learner
+        from rlsys.weights.buffer import WeightPacker
+        from rlsys.weights.transport import ObjectStoreTransport
+
+        torch.set_num_threads(threads)
+        torch.manual_seed(config.seed)
+        self._learner = Learner(
+            resume or path,
+            model=config.model,
+            learner=config.learner,
+            objective=config.objective,
+            advantage=config.advantage,
+            kl=config.kl,
+            temperature=config.rollout.temperature,
+            staleness_max=config.staleness.max,
+            max_new_tokens=config.rollout.max_new_tokens,
+            seed=config.seed,
+            device="cuda" if on_gpu else "cpu",
+        )
+        if resume is not None:
+            restore(resume, self._learner)
+        self._path = path
+        self._packer = WeightPacker(
+            self._learner.named_tensors(), dtype=config.rollout.dtype, vocab_size=self._learner.policy.vocab_size
+        )
+        self._transport = ObjectStoreTransport()
+        self._tickets: list[WeightTicket] = []
+
+    def update(
+        self, scores: Sequence[GroupScore], reference: Sequence[FloatArray] | None, *groups: RolloutGroup
+    ) -> tuple[LearnerStep, WeightTicket, BatchArrays]:
+        """One optimizer step. Call with `num_returns=3`: the arrays stay in the object store."""
+        batch = [ScoredGroup(group=g, score=s) for g, s in zip(groups, scores, strict=True)]
+        update = self._learner.update(batch, reference)
+        return update.step, self.publish(), update.arrays
+
+    def publish(self) -> WeightTicket:
+        """The current version in the object store."""
+        start = time.perf_counter()
+        manifest, buffer = self._packer.pack(self._learner.named_tensors(), self._learner.version)
+        payload = self._transport.send(buffer)
+        ticket = WeightTicket(manifest=manifest, payload=payload, publish_s=time.perf_counter() - start)
+        self._tickets = [*self._tickets[-1:], ticket]  # the store keeps what somebody may still fetch
+        return ticket
+
+    def save(self, directory: Path, extra: Mapping[str, Any]) -> None:
+        """Write a checkpoint atomically; its tokenizer is the initial model's."""
+        from rlsys.learning.checkpoint import save
+
+        save(directory, self._learner, tokenizer_from=self._path, extra=extra)
+
+    @ray.method(concurrency_group="control")
+    def version(self) -> PolicyVersion:
+        """Batches applied so far; also tells that the actor is ready."""
+        return self._learner.version

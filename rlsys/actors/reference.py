@@ -1,0 +1,38 @@
+"""The reference actor: log-probabilities of the frozen reference policy for the KL."""
+
+import ray
+
+from rlsys.actors.process import settle
+from rlsys.config.schema import RunConfig
+from rlsys.records import FloatArray, RolloutGroup
+
+
+@ray.remote(concurrency_groups={"control": 1})
+class ReferenceActor:
+    """Scores the next batch while the learner works on the current one."""
+
+    def __init__(self, path: str, config: RunConfig) -> None:
+        on_gpu = config.resources.reference_gpus > 0
+        settle("other", pin=config.resources.pin_cores and not on_gpu)
+        import torch
+
+        from rlsys.learning.scorer import Scorer
+
+        torch.set_num_threads(1)
+        self._scorer = Scorer(
+            path,
+            dtype=config.model.dtype,
+            temperature=config.rollout.temperature,
+            row_tokens=config.learner.row_tokens,
+            micro_batch_tokens=config.learner.micro_batch_tokens,
+            device="cuda" if on_gpu else "cpu",
+        )
+
+    def score(self, *groups: RolloutGroup) -> list[FloatArray]:
+        """log π_ref per response, [T] each: groups in order, rollouts in order."""
+        return self._scorer.score(groups)
+
+    @ray.method(concurrency_group="control")
+    def ready(self) -> bool:
+        """The model is loaded."""
+        return True

@@ -1,0 +1,109 @@
+"""The composition root: makes every actor of a run and binds them to the control loop."""
+
+import asyncio
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ray.actor import ActorHandle
+
+from rlsys.actors.learner import LearnerActor
+from rlsys.actors.recorder import RecorderActor
+from rlsys.actors.reference import ReferenceActor
+from rlsys.actors.reward import RewardActor
+from rlsys.actors.rollout import RolloutActor
+from rlsys.actors.weight_sync import WeightSyncActor
+from rlsys.config.schema import RunConfig
+from rlsys.control import remote
+from rlsys.control.loop import Parts, TrainingLoop
+from rlsys.control.preflight import load_prompts
+from rlsys.observability.run_directory import RunDirectory
+from rlsys.observability.sinks import RunJournal
+from rlsys.scheduling.ledger import Ledger
+
+
+@dataclass(slots=True)
+class Fleet:
+    """Handles of a run's actors."""
+
+    learner: ActorHandle
+    weights: ActorHandle
+    rollouts: dict[str, ActorHandle]
+    rewards: list[ActorHandle]
+    recorder: ActorHandle
+    reference: ActorHandle | None = None
+    all: list[ActorHandle] = field(default_factory=list)
+
+
+def start_actors(config: RunConfig, path: str, resume: Path | None, version: int) -> Fleet:
+    """Create all actors at once; they load in parallel. `path` is the initial model, also the reference."""
+    resources = config.resources
+    serving = str(resume or path)
+    rollouts = {
+        f"rollout-{i}": RolloutActor.options(num_cpus=1, num_gpus=resources.rollout_gpus).remote(  # type: ignore[attr-defined]
+            f"rollout-{i}", i, serving, config, version
+        )
+        for i in range(config.rollout.workers)
+    }
+    fleet = Fleet(
+        learner=LearnerActor.options(num_cpus=1, num_gpus=resources.learner_gpus).remote(path, config, resume),  # type: ignore[attr-defined]
+        weights=WeightSyncActor.options(num_cpus=0).remote(config),  # type: ignore[attr-defined]
+        rollouts=rollouts,
+        rewards=[RewardActor.options(num_cpus=0).remote(config) for _ in range(config.reward.workers)],  # type: ignore[attr-defined]
+        recorder=RecorderActor.options(num_cpus=0).remote(config),  # type: ignore[attr-defined]
+    )
+    if config.kl.reference:
+        fleet.reference = ReferenceActor.options(num_cpus=0, num_gpus=resources.reference_gpus).remote(path, config)  # type: ignore[attr-defined]
+    fleet.all = [fleet.learner, fleet.weights, *rollouts.values(), *fleet.rewards, fleet.recorder]
+    fleet.all += [fleet.reference] if fleet.reference is not None else []
+    return fleet
+
+
+async def build(config: RunConfig, path: str, resume: Path | None) -> tuple[TrainingLoop, Fleet, RunJournal]:
+    """A loop ready to run. Returns when the learner, the reference and every worker have loaded."""
+    trainer_state = read_extra(resume) if resume else {}
+    version = int(trainer_state.get("version", 0))
+    fleet = start_actors(config, path, resume, version)
+    prompts = await asyncio.to_thread(load_prompts, config, path)
+    ready = [fleet.learner.version.remote(), *(worker.stats.remote() for worker in fleet.rollouts.values())]
+    if fleet.reference is not None:
+        ready.append(fleet.reference.ready.remote())
+    await remote.all_ready(ready)
+    for name, handle in fleet.rollouts.items():
+        await remote.call(fleet.weights.add.remote(name, handle))
+
+    extra: dict[str, Any] = trainer_state.get("extra", {})
+    if extra:
+        prompts.source.restore(extra["source"])
+    journal = RunJournal(RunDirectory(config.path), tensorboard=config.records.tensorboard)
+    ledger = Ledger(
+        capacity=config.slots,
+        window=config.staleness.window,
+        on_close=journal.closed,
+        first_id=int(extra.get("admitted", 0)),
+    )
+    loop = TrainingLoop(
+        config,
+        Parts(
+            prompts=prompts.source,
+            rollouts={name: remote.RemoteRollout(handle) for name, handle in fleet.rollouts.items()},
+            rewards=remote.RemoteRewards(fleet.rewards),
+            reference=remote.RemoteReference(fleet.reference) if fleet.reference is not None else None,
+            learner=remote.RemoteLearner(fleet.learner),
+            weights=remote.RemoteWeights(fleet.weights),
+            recorder=remote.RemoteRecorder(fleet.recorder),
+            journal=journal,
+        ),
+        ledger=ledger,
+        eval_prompts=prompts.held_out,
+        version=version,
+        reopened=[prompts.source.prompt(epoch, index) for epoch, index in extra.get("open", [])],
+    )
+    return loop, fleet, journal
+
+
+def read_extra(checkpoint: Path) -> dict[str, Any]:
+    """What the loop stored with a checkpoint: its version, the prompt cursor and the open prompts."""
+    state: dict[str, Any] = json.loads((checkpoint / "trainer" / "state.json").read_text())
+    return state

@@ -1,0 +1,65 @@
+"""A Ray cluster for one run: the one named in the configuration, or one of our own on this machine."""
+
+import contextlib
+import logging
+import os
+import secrets
+from collections.abc import Iterator
+
+from rlsys.config.schema import RunConfig
+from rlsys.errors import ClusterError
+
+
+@contextlib.contextmanager
+def cluster(config: RunConfig) -> Iterator[None]:
+    """Connect for the length of a `with` block; a cluster that we started ends with it.
+
+    Ours listens on loopback and asks every client for a token that only this process and its children know.
+    Raises `ClusterError` when the cluster cannot be reached or is too small.
+    """
+    import ray
+
+    resources = config.resources
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    try:
+        if resources.address is None:
+            os.environ.setdefault("RAY_AUTH_MODE", "token")
+            os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+            ray.init(
+                address="local",
+                num_cpus=max(len(os.sched_getaffinity(0)), config.rollout.workers + 1),
+                object_store_memory=int(resources.object_store_gib * (1 << 30)),
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                _node_ip_address="127.0.0.1",
+            )
+        else:
+            ray.init(address=resources.address, log_to_driver=False, logging_level=logging.ERROR)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise ClusterError(
+            f"resources.address={resources.address}: cannot join the Ray cluster: {error}. Is it running, and is "
+            "RAY_AUTH_MODE/RAY_AUTH_TOKEN (or RAY_AUTH_TOKEN_PATH) the same as there?"
+        ) from error
+    try:
+        _require_room(config)
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _require_room(config: RunConfig) -> None:
+    import ray
+
+    have = ray.cluster_resources()
+    resources = config.resources
+    need = {
+        "CPU": float(config.rollout.workers + 1),
+        "GPU": resources.learner_gpus + resources.reference_gpus + config.rollout.workers * resources.rollout_gpus,
+    }
+    for kind, amount in need.items():
+        if have.get(kind, 0.0) < amount:
+            raise ClusterError(
+                f"the cluster has {have.get(kind, 0.0):g} {kind}, the run needs {amount:g} "
+                f"(rollout.workers={config.rollout.workers} and a learner); lower rollout.workers or add nodes"
+            )

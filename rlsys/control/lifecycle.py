@@ -1,0 +1,137 @@
+"""From a configuration to a trained checkpoint: `train` is what `rlsys train` runs."""
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from rlsys.config.load import dump_config
+from rlsys.config.schema import RunConfig
+from rlsys.control.preflight import check_config, load_prompts
+from rlsys.control.service import NAMESPACE, ControllerActor, Status
+from rlsys.errors import CheckpointError, ConfigError
+from rlsys.observability.run_directory import RunDirectory
+from rlsys.versions import PolicyVersion
+
+log = logging.getLogger(__name__)
+
+POLL_S = 0.5
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainResult:
+    """What a run came to. `accuracy` is the held-out greedy reward by learner version."""
+
+    directory: Path
+    checkpoint: Path
+    version: PolicyVersion
+    accuracy: dict[PolicyVersion, float]
+    ledger: dict[str, int]
+    seconds: float
+    plot: Path
+
+    @property
+    def before(self) -> float | None:
+        """Accuracy at the first evaluated version."""
+        return self.accuracy[min(self.accuracy)] if self.accuracy else None
+
+    @property
+    def after(self) -> float | None:
+        """Accuracy at the last evaluated version."""
+        return self.accuracy[max(self.accuracy)] if self.accuracy else None
+
+
+def train(
+    config: RunConfig,
+    *,
+    resume: bool = False,
+    on_status: Callable[[Status], None] = lambda status: None,
+    on_warmstart: Callable[[int, int, float], None] | None = None,
+) -> TrainResult:
+    """Train to `learner.steps`; the same as `rlsys train`.
+
+    `on_status` sees the run about twice a second; `on_warmstart` sees (step, steps, loss) of the supervised
+    phase of a tiny model. Ctrl-C finishes the current step, writes a checkpoint and returns.
+    Raises `RlsysError`s: before anything starts for bad input, later for what stopped the run.
+    """
+    from rlsys.control.cluster import cluster
+
+    check_config(config)
+    directory = RunDirectory(config.path.absolute())
+    config = config.model_copy(update={"run_dir": directory.root.parent})
+    checkpoint = _checkpoint_to_resume(directory, config) if resume else None
+    path = initial_model(config, on_warmstart)
+    load_prompts(config, path)
+    if checkpoint is None:
+        directory.create(dump_config(config))
+    started = time.perf_counter()
+    with cluster(config):
+        status = _run(config, path, checkpoint, on_status)
+    from rlsys.observability.plots import plot_run
+
+    return TrainResult(
+        directory=directory.root,
+        checkpoint=directory.checkpoints / f"step-{status.version:06d}",
+        version=status.version,
+        accuracy=evaluations(directory),
+        ledger=status.ledger,
+        seconds=time.perf_counter() - started,
+        plot=plot_run(directory),
+    )
+
+
+def initial_model(config: RunConfig, on_warmstart: Callable[[int, int, float], None] | None = None) -> str:
+    """Directory of the initial policy: `model.path`, or the warm-started tiny model (made once, then cached)."""
+    if config.model.path is not None:
+        return config.model.path
+    from rlsys.learning.warmstart import ensure_warmstart
+    from rlsys.tasks import build_task
+
+    task = build_task(config.task, config.seed)
+    return str(ensure_warmstart(config.model, task, config.seed, on_warmstart).absolute())
+
+
+def evaluations(directory: RunDirectory) -> dict[PolicyVersion, float]:
+    """Held-out accuracy by version, from the run's own metrics."""
+    return {row["step"]: row["eval/accuracy"] for row in directory.rows() if "eval/accuracy" in row}
+
+
+def _checkpoint_to_resume(directory: RunDirectory, config: RunConfig) -> Path:
+    from rlsys.control.build import read_extra
+    from rlsys.learning.checkpoint import latest
+
+    checkpoint = latest(directory.root)
+    if checkpoint is None:
+        raise CheckpointError(f"--resume: {directory.checkpoints} holds no complete checkpoint; start without --resume")
+    version = int(read_extra(checkpoint)["version"])
+    if version >= config.learner.steps:
+        raise ConfigError(f"learner.steps={config.learner.steps}: the run is already at step {version}; raise it to go on")
+    directory.rewind(version)
+    return checkpoint
+
+
+def _run(config: RunConfig, path: str, checkpoint: Path | None, on_status: Callable[[Status], None]) -> Status:
+    import ray
+
+    from rlsys.control.remote import unwrap
+
+    controller = ControllerActor.options(name=config.name, namespace=NAMESPACE, num_cpus=0, max_concurrency=16).remote(  # type: ignore[attr-defined]
+        config, path, checkpoint
+    )
+    finished = controller.run.remote()
+    stopping = False
+    while True:
+        try:
+            done, _ = ray.wait([finished], timeout=POLL_S)
+            if done:
+                status: Status = unwrap(finished)
+                on_status(status)
+                return status
+            on_status(ray.get(controller.status.remote()))
+        except KeyboardInterrupt:
+            if stopping:
+                raise
+            stopping = True
+            log.warning("stopping after the current step; press Ctrl-C again to leave without a checkpoint")
+            ray.get(controller.stop.remote())

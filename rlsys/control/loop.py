@@ -1,0 +1,429 @@
+"""The algorithm: four small loops over one ledger.
+
+      admit ──► ledger ──► roll out ──► assemble ──► learn ──► publish
+        ▲      (slots)    (fleet, rewards) (batches)  (step)       │
+        └──────────── a slot is freed by the commit ◄──────────────┤
+                      workers serve the new version mid-generation ┘
+
+A single controller owns admission, routing, batch order and publication; every other part is a callee
+behind a port. The loops share a ledger and a router and wake each other through one `Signal`.
+"""
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from rlsys.config.schema import RunConfig
+from rlsys.control.evaluation import Evaluation, evaluate
+from rlsys.control.ports import (
+    FinishedGroup,
+    FleetStats,
+    LearnerPort,
+    Payload,
+    RecorderPort,
+    ReferencePort,
+    RewardPort,
+    RolloutPort,
+    Update,
+    WeightsPort,
+    WorkerLost,
+)
+from rlsys.errors import ClusterError, RewardError, RlsysError, StalenessViolation
+from rlsys.records import LearnerStep, Prompt
+from rlsys.scheduling.ledger import End, Ledger, Slot
+from rlsys.scheduling.routing import Router, Worker
+from rlsys.scheduling.signal import Signal
+from rlsys.versions import PolicyVersion
+from rlsys.weights.sync import Ack
+from rlsys.weights.transport import WeightTicket
+
+log = logging.getLogger(__name__)
+
+MAX_FAILED_IN_A_ROW = 16
+"""Groups that may fail one after another before the run stops: a broken reward is not a hard prompt."""
+
+
+class Prompts(Protocol):
+    """An endless, resumable source of prompts."""
+
+    def __next__(self) -> Prompt:
+        """The next prompt."""
+
+    def state(self) -> Mapping[str, object]:
+        """Where it stands, for a checkpoint."""
+
+
+class Journal(Protocol):
+    """Where a run's history goes."""
+
+    def step(self, version: PolicyVersion, metrics: Mapping[str, float | None]) -> None:
+        """One learner step."""
+
+    def event(self, kind: str, message: str) -> None:
+        """Something a person should read."""
+
+
+@dataclass(slots=True)
+class Batch:
+    """P scored groups on their way to the learner, with the reference already scoring them."""
+
+    slots: list[Slot]
+    groups: list[FinishedGroup]
+    reference: Payload | None
+
+
+@dataclass(slots=True)
+class Parts:
+    """What the loop works with; made by `build`."""
+
+    prompts: Prompts
+    rollouts: dict[str, RolloutPort]
+    rewards: RewardPort
+    reference: ReferencePort | None
+    learner: LearnerPort
+    weights: WeightsPort
+    recorder: RecorderPort | None
+    journal: Journal
+
+
+@dataclass(slots=True)
+class Progress:
+    """What `status` shows while the loop runs."""
+
+    version: PolicyVersion = 0
+    published_version: PolicyVersion = -1
+    metrics: dict[str, float | None] = field(default_factory=dict)
+    acks: dict[str, Ack] = field(default_factory=dict)
+    evaluations: dict[PolicyVersion, Evaluation] = field(default_factory=dict)
+
+
+class TrainingLoop:
+    """Runs a configured number of learner steps. One instance, one run of `run()`."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        parts: Parts,
+        *,
+        ledger: Ledger,
+        eval_prompts: Sequence[Prompt],
+        version: PolicyVersion = 0,
+        reopened: Sequence[Prompt] = (),
+    ) -> None:
+        self.config = config
+        self.parts = parts
+        self.ledger = ledger
+        self.router = Router(max_lag=config.staleness.lag, capacity=_groups_per_worker(config))
+        self.progress = Progress(version=version)
+        self._eval_prompts = eval_prompts
+        self._reopened = list(reopened)
+        self._finished: dict[int, FinishedGroup] = {}
+        self._batches: asyncio.Queue[Batch] = asyncio.Queue(maxsize=1)
+        self._signal = Signal()
+        self._stopping = False
+        self._failed_in_a_row = 0
+        self._publication: asyncio.Task[None] | None = None
+        self._records: asyncio.Queue[tuple[Batch, Update, dict[str, float | None]]] = asyncio.Queue()
+        self._tasks: asyncio.TaskGroup | None = None
+        self._spawned: set[asyncio.Task[None]] = set()
+        self._clock = _StepClock()
+
+    @property
+    def version(self) -> PolicyVersion:
+        """Learner version: optimizer steps applied."""
+        return self.progress.version
+
+    def stop(self) -> None:
+        """Finish the step that is running, then return from `run`."""
+        self._stopping = True
+        self._signal.notify()
+
+    async def run(self) -> None:
+        """Until `learner.steps` steps are done or `stop()` is called. The first failure ends all loops."""
+        for name in self.parts.rollouts:
+            self.router.add(name)
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                self._tasks = tasks
+                self._spawn(self._watch_weights(), "watch weights")
+                await self._publish(await self.parts.learner.publish())
+                await self._settle_publication()
+                await self._evaluate()
+                for loop in (self._admit, self._roll_out, self._assemble, self._keep_records):
+                    self._spawn(loop(), loop.__name__)
+                await self._learn()
+                await self._settle_publication()
+                await self._records.join()
+                if self.version > 0:
+                    await self._evaluate()
+                for task in self._spawned:
+                    task.cancel()
+        except* RlsysError as failures:
+            raise failures.exceptions[0] from None
+
+    # -- the four loops ---------------------------------------------------------------------------------------------
+
+    async def _admit(self) -> None:
+        """Consumes prompts, produces waiting slots; waits for room in the ledger; a commit or an end unblocks it."""
+        while True:
+            await self._signal.until(lambda: self.ledger.has_room)
+            prompt = self._reopened.pop(0) if self._reopened else next(self.parts.prompts)
+            self.ledger.admit(prompt, self.version)
+            self._signal.notify()
+
+    async def _roll_out(self) -> None:
+        """Consumes waiting slots, produces finished ones; waits for a slot and a fresh worker with room.
+
+        An admission, a returned slot, an acknowledgement or a finished group unblocks it.
+        """
+        while True:
+            await self._signal.until(lambda: self.ledger.next_waiting() is not None and self._route() is not None)
+            slot, worker = self.ledger.next_waiting(), self._route()
+            assert slot is not None and worker is not None
+            attempt = self.ledger.start(slot.id, worker.name)
+            worker.in_flight += 1
+            self._spawn(self._serve(slot, attempt, worker), f"slot {slot.id}")
+
+    async def _assemble(self) -> None:
+        """Consumes finished slots in admission order, produces batches with their reference scores under way.
+
+        Waits for P finished slots within the window, and for the learner to take the previous batch.
+        """
+        groups = self.config.rollout.prompts_per_step
+        while True:
+            await self._signal.until(lambda: self.ledger.batch_ready(groups))
+            slots = self.ledger.take_batch(groups)
+            finished = [self._finished.pop(slot.id) for slot in slots]
+            reference = self.parts.reference.score([g.payload for g in finished]) if self.parts.reference else None
+            await self._batches.put(Batch(slots, finished, reference))
+
+    async def _learn(self) -> None:
+        """Consumes batches, produces versions; waits for a batch; its commit frees the batch's slots."""
+        async for batch in self._assembled():
+            self._check_staleness(batch)
+            update = await self.parts.learner.update(batch.groups, batch.reference)
+            if update.step.applied:
+                self.progress.version = update.step.version
+                await self._publish(update.ticket)
+            self.ledger.commit((slot.id for slot in batch.slots), self.version)
+            self._signal.notify()
+            self._records.put_nowait((batch, update, self._clock.step(update.step)))
+            self._evaluate_if_due()
+            await self._checkpoint_if_due()
+
+    async def _keep_records(self) -> None:
+        """Consumes finished steps, produces the run's history; beside the learn loop, so that it never waits."""
+        while True:
+            batch, update, timing = await self._records.get()
+            await self._record(batch, update, timing)
+            self._records.task_done()
+
+    async def _assembled(self) -> AsyncIterator[Batch]:
+        while self.version < self.config.learner.steps and not self._stopping:
+            stop = asyncio.ensure_future(self._signal.until(lambda: self._stopping))
+            batch = asyncio.ensure_future(self._batches.get())
+            self._clock.waiting()
+            await asyncio.wait({stop, batch}, return_when=asyncio.FIRST_COMPLETED)
+            stop.cancel()
+            if not batch.done():
+                batch.cancel()
+                return
+            self._clock.learning()
+            yield batch.result()
+
+    # -- what they are made of --------------------------------------------------------------------------------------
+
+    async def _serve(self, slot: Slot, attempt: int, worker: Worker) -> None:
+        """One attempt at one slot: sample, score, hand over. A dead worker's slot waits again."""
+        try:
+            summary, payload = await self.parts.rollouts[worker.name].generate(slot.id, attempt, slot.prompt)
+            worker.in_flight -= 1
+            self._signal.notify()
+            score = await self.parts.rewards.score(payload)
+        except WorkerLost as error:
+            self.ledger.retry(slot.id, attempt)
+            self._lose_worker(worker.name, error)
+        except RewardError as error:
+            self._fail(slot, error)
+        else:
+            self._failed_in_a_row = 0
+            if self.ledger.finish(slot.id, attempt):
+                self._finished[slot.id] = FinishedGroup(summary=summary, score=score, payload=payload)
+        self._signal.notify()
+
+    def _route(self) -> Worker | None:
+        return self.router.choose(self.version)
+
+    def _fail(self, slot: Slot, error: RewardError) -> None:
+        self.ledger.end(slot.id, End.FAILED_REWARD, self.version)
+        self.parts.journal.event("failed_reward", str(error))
+        self._failed_in_a_row += 1
+        if self._failed_in_a_row >= MAX_FAILED_IN_A_ROW:
+            raise RewardError(f"{self._failed_in_a_row} groups in a row got no reward; the last one: {error}") from error
+
+    def _lose_worker(self, name: str, error: WorkerLost) -> None:
+        if self.parts.rollouts.pop(name, None) is not None:
+            self.router.remove(name)
+            self.parts.journal.event("worker_lost", f"{name}: {error}")
+        if not self.parts.rollouts:
+            raise ClusterError(f"no rollout worker is left; the last one, {name}, died: {error}") from error
+
+    def _check_staleness(self, batch: Batch) -> None:
+        """The bound on metadata; the learner checks it again on every token."""
+        bound = self.config.staleness.max
+        for group in batch.groups:
+            age = self.version - group.summary.oldest_version
+            if age > bound:
+                raise StalenessViolation(
+                    f"slot {group.summary.slot} holds a token {age} versions old; staleness.max={bound}"
+                )
+
+    async def _publish(self, ticket: WeightTicket) -> None:
+        """Send a version out once the previous one is served; generation goes on meanwhile."""
+        await self._settle_publication()
+        self._publication = asyncio.create_task(self.parts.weights.publish(ticket), name="publish")
+
+    async def _settle_publication(self) -> None:
+        if self._publication is not None:
+            await self._publication
+
+    async def _watch_weights(self) -> None:
+        """Consumes acknowledgements; tells the router which version each worker serves."""
+        cursor = 0
+        while True:
+            for ack in await self.parts.weights.acks(cursor):
+                cursor += 1
+                if ack.error is None:
+                    self.router.acknowledge(ack.worker, ack.version)
+                    self.progress.published_version = max(self.progress.published_version, ack.version)
+                    self.progress.acks[ack.worker] = ack
+                else:
+                    self.parts.journal.event("sync_failed", f"{ack.worker}, version {ack.version}: {ack.error}")
+            self._signal.notify()
+
+    async def _record(self, batch: Batch, update: Update, timing: Mapping[str, float | None]) -> None:
+        metrics = {
+            **update.step.metrics,
+            **timing,
+            **self._clock.fleet(await self.fleet_stats()),
+            **self._sync_metrics(update),
+            **{f"ledger/{name}": float(count) for name, count in _ledger_metrics(self.ledger).items()},
+            "staleness/bound": float(self.config.staleness.max),
+            "workers/rollout/desired": float(self.config.rollout.workers),
+            "workers/rollout/ready": float(len(self.parts.rollouts)),
+        }
+        self.progress.metrics = metrics
+        self.parts.journal.step(update.step.version, metrics)
+        every = self.config.records.rollouts_every
+        if self.parts.recorder is not None and every and update.step.version % every == 0:
+            await self.parts.recorder.write(update.step.version, batch.groups, update.arrays)
+
+    def _sync_metrics(self, update: Update) -> dict[str, float | None]:
+        acks = list(self.progress.acks.values())
+        return {
+            "weight_sync/publish_s": update.ticket.publish_s,
+            "weight_sync/bytes": float(update.ticket.manifest.nbytes),
+            "weight_sync/apply_s": max((a.apply_s for a in acks), default=None),
+            "weight_sync/acked": float(sum(a.version >= self.progress.published_version for a in acks)),
+            "weight_sync/serving_lag_max": float(self.router.serving_lag_max(self.version)),
+        }
+
+    async def fleet_stats(self) -> FleetStats:
+        """Counters of all rollout workers added up."""
+        stats = await asyncio.gather(*(port.stats() for port in self.parts.rollouts.values()))
+        return FleetStats(
+            generated_tokens=sum(s.generated_tokens for s in stats),
+            busy_s=sum(s.busy_s for s in stats),
+            paused_s=sum(s.paused_s for s in stats),
+            workers=len(stats),
+        )
+
+    async def _evaluate(self) -> None:
+        """Greedy accuracy on the held-out prompts, through the rollout workers."""
+        version = self.version
+        result = await evaluate(self._eval_prompts, list(self.parts.rollouts.values()), self.parts.rewards)
+        self.progress.evaluations[version] = result
+        self.parts.journal.step(version, result.metrics())
+
+    def _evaluate_if_due(self) -> None:
+        every = self.config.eval.every
+        if every and self.version % every == 0 and self.version < self.config.learner.steps:
+            self._spawn(self._evaluate(), "evaluate")
+
+    def _spawn(self, work: Coroutine[Any, Any, None], name: str) -> None:
+        assert self._tasks is not None
+        task = self._tasks.create_task(work, name=name)
+        self._spawned.add(task)
+        task.add_done_callback(self._spawned.discard)
+
+    async def _checkpoint_if_due(self) -> None:
+        every = self.config.checkpoint.every
+        if every and self.version % every == 0 and self.version < self.config.learner.steps:
+            await self.checkpoint()
+
+    async def checkpoint(self) -> None:
+        """Parameters, optimizer, RNG, the prompt cursor and every open prompt, together."""
+        extra = {
+            "source": dict(self.parts.prompts.state()),
+            "open": [[slot.prompt.epoch, slot.prompt.index] for slot in self.ledger.open]
+            + [[prompt.epoch, prompt.index] for prompt in self._reopened],
+            "admitted": self.ledger.admitted,
+        }
+        directory = self.config.path / "checkpoints" / f"step-{self.version:06d}"
+        await self.parts.learner.save(directory, extra)
+
+
+class _StepClock:
+    """Rates between two learner steps."""
+
+    def __init__(self) -> None:
+        self._step_end = self._fleet_end = self._wait_start = time.perf_counter()
+        self._idle = 0.0
+        self._fleet = FleetStats(generated_tokens=0, busy_s=0.0, paused_s=0.0, workers=0)
+
+    def waiting(self) -> None:
+        """The learner asks for a batch."""
+        self._wait_start = time.perf_counter()
+
+    def learning(self) -> None:
+        """It got one."""
+        self._idle = time.perf_counter() - self._wait_start
+
+    def step(self, step: LearnerStep) -> dict[str, float | None]:
+        """Since the previous learner step: its length, the learner's wait for a batch, trained tokens per second."""
+        now = time.perf_counter()
+        elapsed, self._step_end = now - self._step_end, now
+        return {
+            "throughput/step_s": elapsed,
+            "throughput/learner_idle_s": self._idle,
+            "throughput/learner_s": step.seconds,
+            "throughput/trained_tokens_per_s": step.trained_tokens / elapsed,
+        }
+
+    def fleet(self, stats: FleetStats) -> dict[str, float | None]:
+        """Since the previous call: generated tokens per second, share of time not decoding, seconds paused."""
+        now = time.perf_counter()
+        elapsed, self._fleet_end = now - self._fleet_end, now
+        previous, self._fleet = self._fleet, stats
+        busy = (stats.busy_s - previous.busy_s) / (elapsed * max(1, stats.workers))
+        return {
+            "throughput/generated_tokens_per_s": (stats.generated_tokens - previous.generated_tokens) / elapsed,
+            "throughput/rollout_idle_fraction": min(1.0, max(0.0, 1 - busy)),
+            "weight_sync/pause_s": stats.paused_s - previous.paused_s,
+        }
+
+
+def _ledger_metrics(ledger: Ledger) -> dict[str, int]:
+    counts = ledger.counts()
+    rejected = sum(count for name, count in counts.items() if str(name).startswith(("rejected", "failed")))
+    names = ("waiting", "in_flight", "finished", "trained", "lost", "admitted")
+    return {**{name: counts[name] for name in names}, "rejected": rejected}
+
+
+def _groups_per_worker(config: RunConfig) -> int:
+    """Enough queued groups to keep a worker's batch full while results travel."""
+    rollout = config.rollout
+    return max(2, -(-3 * rollout.max_concurrent_sequences // (2 * rollout.samples_per_prompt)))

@@ -1,0 +1,109 @@
+"""The parts the control loop calls, as it sees them. `build` binds them to Ray actors; tests to plain objects.
+
+Payloads are opaque to the loop: with Ray they are object references, so responses and weights never pass
+through the controller.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from rlsys.records import GroupScore, GroupSummary, LearnerStep, Prompt
+from rlsys.weights.sync import Ack
+from rlsys.weights.transport import WeightTicket
+
+Payload = Any
+"""Something heavy held elsewhere."""
+
+
+class WorkerLost(Exception):
+    """The process behind a port died; its work has to be done again elsewhere."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FinishedGroup:
+    """A scored group: what the controller knows, and where the responses are."""
+
+    summary: GroupSummary
+    score: GroupScore
+    payload: Payload
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Update:
+    """A learner step, the weights it made, and the per-token record of what it did."""
+
+    step: LearnerStep
+    ticket: WeightTicket
+    arrays: Payload
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FleetStats:
+    """Sums over rollout workers since their start: tokens, seconds decoding, seconds paused for syncs."""
+
+    generated_tokens: int
+    busy_s: float
+    paused_s: float
+    workers: int
+
+
+class RolloutPort(Protocol):
+    """One rollout worker."""
+
+    async def generate(self, slot: int, attempt: int, prompt: Prompt) -> tuple[GroupSummary, Payload]:
+        """Sample a group. Raises `WorkerLost` when the worker died."""
+
+    async def greedy(self, prompts: Sequence[Prompt]) -> tuple[list[GroupSummary], Payload]:
+        """One greedy response to each prompt, for evaluation."""
+
+    async def stats(self) -> FleetStats:
+        """Counters of this worker."""
+
+
+class RewardPort(Protocol):
+    """All reward workers."""
+
+    async def score(self, payload: Payload) -> GroupScore:
+        """Rewards of a group. Raises `RewardError`."""
+
+    async def score_all(self, payload: Payload) -> list[GroupScore]:
+        """Rewards of several groups in one payload. Raises `RewardError`."""
+
+
+class ReferencePort(Protocol):
+    """The frozen reference policy."""
+
+    def score(self, payloads: Sequence[Payload]) -> Payload:
+        """Start scoring a batch; returns the payload of its log-probs at once."""
+
+
+class LearnerPort(Protocol):
+    """The learner."""
+
+    async def update(self, batch: Sequence[FinishedGroup], reference: Payload | None) -> Update:
+        """One optimizer step. Raises `StalenessViolation`, `NonFiniteError`."""
+
+    async def publish(self) -> WeightTicket:
+        """The current version, ready to be fetched."""
+
+    async def save(self, directory: Path, extra: Mapping[str, Any]) -> None:
+        """Write a checkpoint atomically."""
+
+
+class WeightsPort(Protocol):
+    """The weight-sync service."""
+
+    async def publish(self, ticket: WeightTicket) -> None:
+        """Returns when a worker serves the version. Raises `WeightSyncError`."""
+
+    async def acks(self, cursor: int) -> list[Ack]:
+        """Acknowledgements after the first `cursor` ones; waits for one."""
+
+
+class RecorderPort(Protocol):
+    """Writes what happened to every token of a batch."""
+
+    async def write(self, version: int, batch: Sequence[FinishedGroup], arrays: Payload) -> None:
+        """One parquet file."""

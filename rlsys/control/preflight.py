@@ -1,0 +1,73 @@
+"""What can be checked before any actor starts: task, reward, model directory, prompt lengths, cluster."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rlsys.config.schema import RunConfig
+from rlsys.errors import ConfigError
+from rlsys.records import Prompt
+from rlsys.rewards import resolve_reward
+from rlsys.tasks import PromptSource, build_task, check_lengths, make_encoder, make_prompt
+
+SAMPLE = 64
+"""Training prompts whose length is checked in advance; held-out ones all are."""
+
+
+@dataclass(frozen=True, slots=True)
+class Prompts:
+    """A run's training prompts and its held-out ones."""
+
+    source: PromptSource
+    held_out: Sequence[Prompt]
+
+
+def check_config(config: RunConfig) -> list[str]:
+    """Everything that can be known without a tokenizer. Raises ConfigError or DataError; returns remarks."""
+    remarks: list[str] = []
+    task = build_task(config.task, config.seed)
+    resolve_reward(config.reward.function, task.score)
+    if config.model.path is None:
+        task.alphabet()
+    else:
+        remarks += check_model_directory(config.model.path, config.model.max_context)
+    for role in ("learner", "rollout", "reference"):
+        if getattr(config.resources, f"{role}_gpus") > 0:
+            remarks.append(f"resources.{role}_gpus > 0: this run needs a GPU; everything but that was checked")
+            break
+    return remarks
+
+
+def check_model_directory(path: str, max_context: int) -> list[str]:
+    """Raise ConfigError for a local directory that holds no usable model; remark on a hub name."""
+    directory = Path(path)
+    if not directory.is_dir():
+        if directory.is_absolute() or path.startswith(".") or path.count("/") != 1:
+            raise ConfigError(f"model.path={path}: no such directory; expected a Hugging Face model directory or hub name")
+        return [f"model.path={path} is not a local directory; it will be fetched from the Hugging Face hub"]
+    for needed, what in (("config.json", "model configuration"), ("tokenizer_config.json", "tokenizer")):
+        if not (directory / needed).is_file():
+            raise ConfigError(f"model.path={path}: {needed} is missing; expected a directory with a {what}")
+    if not any(directory.glob("*.safetensors")):
+        raise ConfigError(f"model.path={path}: no *.safetensors file; only safetensors weights are loaded")
+    limit = json.loads((directory / "config.json").read_text()).get("max_position_embeddings")
+    if limit is not None and max_context > limit:
+        raise ConfigError(f"model.max_context={max_context}: this model has {limit} positions; allowed: 1..{limit}")
+    return []
+
+
+def load_prompts(config: RunConfig, path: str) -> Prompts:
+    """Training and held-out prompts, tokenized for the model at `path`. Raises DataError when one cannot fit."""
+    from transformers import AutoTokenizer
+
+    task = build_task(config.task, config.seed)
+    tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    encode = make_encoder(tokenizer, getattr(config.task, "chat", None))
+    source = PromptSource(task, encode, config.seed)
+    items = task.eval_items()[: config.eval.max_prompts]
+    held_out = [make_prompt(item, encode, epoch=0, index=i) for i, item in enumerate(items)]
+    sample = (make_prompt(task.train_item(i), encode, epoch=0, index=i) for i in range(min(SAMPLE, task.size)))
+    for prompts in (held_out, sample):
+        check_lengths(prompts, max_context=config.model.max_context, max_new_tokens=config.rollout.max_new_tokens)
+    return Prompts(source, held_out)

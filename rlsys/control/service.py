@@ -1,0 +1,74 @@
+"""The controller: a named Ray actor that runs the loop and answers `status` and `stop` from any process."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import ray
+
+from rlsys.actors.process import settle
+from rlsys.config.schema import RunConfig
+from rlsys.versions import PolicyVersion
+
+NAMESPACE = "rlsys"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Status:
+    """A run at one moment."""
+
+    phase: str
+    version: PolicyVersion = 0
+    published_version: PolicyVersion = -1
+    metrics: dict[str, float | None] = field(default_factory=dict)
+    ledger: dict[str, int] = field(default_factory=dict)
+    serving: dict[str, PolicyVersion] = field(default_factory=dict)
+    accuracy: dict[PolicyVersion, float] = field(default_factory=dict)
+
+
+@ray.remote
+class ControllerActor:
+    """Owns the run's other actors: when it ends, they end."""
+
+    def __init__(self, config: RunConfig, path: str, resume: Path | None) -> None:
+        settle("other", pin=config.resources.pin_cores)
+        from rlsys.control.loop import TrainingLoop
+
+        self._config, self._path, self._resume = config, path, resume
+        self._phase = "starting"
+        self._loop: TrainingLoop | None = None
+
+    async def run(self) -> Status:
+        """Build, train, write the last checkpoint. Raises what stopped the run."""
+        from rlsys.control.build import build
+
+        self._loop, _, journal = await build(self._config, self._path, self._resume)
+        try:
+            self._phase = "training"
+            await self._loop.run()
+            self._phase = "saving"
+            await self._loop.checkpoint()
+            self._phase = "finished"
+        finally:
+            journal.close()
+        return await self.status()
+
+    async def status(self) -> Status:
+        """Where the run stands."""
+        if self._loop is None:
+            return Status(phase=self._phase)
+        progress = self._loop.progress
+        return Status(
+            phase=self._phase,
+            version=progress.version,
+            published_version=progress.published_version,
+            metrics=dict(progress.metrics),
+            ledger={str(name): count for name, count in self._loop.ledger.counts().items()},
+            serving={name: ack.version for name, ack in progress.acks.items()},
+            accuracy={version: result.accuracy for version, result in progress.evaluations.items()},
+        )
+
+    async def stop(self) -> None:
+        """Finish the step that is running, write a checkpoint, and let `run` return."""
+        if self._loop is not None:
+            self._phase = "stopping"
+            self._loop.stop()

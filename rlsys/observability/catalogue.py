@@ -1,0 +1,112 @@
+"""Every metric a run reports: name, unit, meaning. One definition each; everything else reads it from here.
+
+Names that end in `by_staleness/{0,1,2,3,4+}` are a metric of the same name restricted to tokens (or, for
+sequence metrics, responses) of that staleness; an empty bucket is null.
+"""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Metric:
+    """`by_staleness`: also reported per staleness bucket."""
+
+    name: str
+    unit: str
+    meaning: str
+    by_staleness: bool = False
+
+
+STALENESS_BUCKETS = ("0", "1", "2", "3", "4+")
+
+_METRICS = (
+    Metric("reward/mean", "reward", "mean reward of the batch's responses, before any KL term"),
+    Metric("reward/std", "reward", "standard deviation over the batch's responses"),
+    Metric("reward/pass_rate", "fraction", "responses with the full reward, 1 or more"),
+    Metric("eval/accuracy", "reward", "mean reward of one greedy response per held-out prompt"),
+    Metric("eval/prompts", "prompts", "held-out prompts evaluated"),
+    Metric("eval/response_tokens", "tokens", "mean length of the greedy responses"),
+    Metric("eval/oldest_version", "version", "oldest policy version that sampled an evaluated token"),
+    Metric("eval/newest_version", "version", "newest policy version that sampled an evaluated token"),
+    Metric("staleness/mean", "versions", "learner version at consumption less the version that sampled it, over tokens"),
+    Metric("staleness/p95", "versions", "95th percentile over tokens"),
+    Metric("staleness/max", "versions", "oldest token of the batch"),
+    Metric("staleness/in_flight/mean", "versions", "part of the staleness gained before the response finished"),
+    Metric("staleness/in_queue/mean", "versions", "part of the staleness gained after the response finished"),
+    Metric("staleness/bound", "versions", "configured bound, staleness.max"),
+    Metric("staleness/violations", "tokens", "trained tokens beyond the bound; always 0"),
+    Metric("importance/ess_token", "fraction", "(Σr)²/(N Σr²) over tokens, r = π_θ/μ raw", True),
+    Metric("importance/ess_sequence", "fraction", "(Σw)²/(G Σw²) over responses, w = Π r", True),
+    Metric("importance/ess_token_truncated", "fraction", "ESS over tokens after truncation at the correction's cap", True),
+    Metric("importance/ess_sequence_truncated", "fraction", "ESS over responses after truncation at the cap", True),
+    Metric("importance/chi2_token", "1", "mean(r²) - 1 over tokens", True),
+    Metric("importance/chi2_sequence", "1", "mean(w²) - 1 over responses", True),
+    Metric("importance/mean_weight_token", "1", "mean r over tokens; 1 in expectation", True),
+    Metric("importance/mean_weight_sequence", "1", "mean w over responses; 1 in expectation", True),
+    Metric("importance/k1", "nats", "mean(log μ - log π_θ) per token", True),
+    Metric("importance/k3", "nats", "mean(r - log r - 1) per token", True),
+    Metric("importance/log_ratio_p01", "nats", "1st percentile of log r over tokens", True),
+    Metric("importance/log_ratio_p50", "nats", "median of log r over tokens", True),
+    Metric("importance/log_ratio_p99", "nats", "99th percentile of log r over tokens", True),
+    Metric("importance/log_ratio_abs_max", "nats", "largest |log r| of a token", True),
+    Metric("importance/linearization_gap", "1", "mean |Π r - 1 - Σ(r - 1)| over responses", True),
+    Metric("importance/clip_fraction", "fraction", "tokens whose clipped branch acts (their gradient is cut)", True),
+    Metric("importance/clip_fraction/positive", "fraction", "the same among tokens with positive advantage"),
+    Metric("importance/clip_fraction/negative", "fraction", "the same among tokens with negative advantage"),
+    Metric("importance/outside_fraction", "fraction", "tokens whose ratio is beyond the objective's bounds", True),
+    Metric("importance/outside_fraction/positive", "fraction", "the same among tokens with positive advantage"),
+    Metric("importance/outside_fraction/negative", "fraction", "the same among tokens with negative advantage"),
+    Metric("importance/masked_fraction", "fraction", "tokens the correction masked", True),
+    Metric("importance/masked_fraction/positive", "fraction", "the same among tokens with positive advantage"),
+    Metric("importance/masked_fraction/negative", "fraction", "the same among tokens with negative advantage"),
+    Metric("importance/truncated_fraction", "fraction", "tokens whose correction weight was truncated", True),
+    Metric("importance/truncated_fraction/positive", "fraction", "the same among tokens with positive advantage"),
+    Metric("importance/truncated_fraction/negative", "fraction", "the same among tokens with negative advantage"),
+    Metric("importance/clamped_fraction", "fraction", "tokens or responses whose log-ratio met the ±20 clamp"),
+    Metric("kl/reference_k1", "nats", "mean(log π_θ - log π_ref) per token"),
+    Metric("kl/reference_k3", "nats", "mean(e^d - d - 1), d = log π_ref - log π_θ, per token"),
+    Metric("kl/sequence_mean", "nats", "log π_θ - log π_ref summed over a response, mean over responses"),
+    Metric("kl/coef", "1", "coefficient β of the KL term"),
+    Metric("advantage/mean", "reward", "mean advantage over responses"),
+    Metric("advantage/std", "reward", "standard deviation of the advantage over responses"),
+    Metric("advantage/zero_variance_fraction", "fraction", "groups whose rewards are all equal: they carry no signal"),
+    Metric("policy/entropy", "nats", "mean entropy of the policy's next-token distribution at trained tokens"),
+    Metric("policy/grad_norm", "1", "gradient norm before clipping"),
+    Metric("policy/lr", "1", "learning rate of the step"),
+    Metric("policy/loss", "1", "loss of the step, KL term included"),
+    Metric("policy/packing_fill", "fraction", "share of the learner's forward pass spent on real tokens"),
+    Metric("policy/response_tokens", "tokens", "mean response length"),
+    Metric("weight_sync/publish_s", "s", "packing the parameters and putting them into the store"),
+    Metric("weight_sync/apply_s", "s", "from sending a version to its acknowledgement, slowest worker's latest"),
+    Metric("weight_sync/pause_s", "s", "decoding stood still for syncs, all workers, since the previous step"),
+    Metric("weight_sync/bytes", "bytes", "size of one version"),
+    Metric("weight_sync/acked", "workers", "workers that serve the newest published version"),
+    Metric("weight_sync/serving_lag_max", "versions", "learner version less the slowest worker's serving version"),
+    Metric("throughput/generated_tokens_per_s", "tokens/s", "tokens of finished responses, all workers"),
+    Metric("throughput/trained_tokens_per_s", "tokens/s", "prompt and response tokens the learner consumed"),
+    Metric("throughput/step_s", "s", "wall time from the previous learner step's end to this one's"),
+    Metric("throughput/learner_s", "s", "wall time inside the learner's update"),
+    Metric("throughput/learner_idle_s", "s", "wall time the learner waited for a batch"),
+    Metric("throughput/rollout_idle_fraction", "fraction", "share of time the rollout workers were not decoding"),
+    Metric("ledger/waiting", "groups", "admitted, nobody works on them"),
+    Metric("ledger/in_flight", "groups", "being sampled or scored"),
+    Metric("ledger/finished", "groups", "scored, waiting for the learner"),
+    Metric("ledger/learning", "groups", "in a batch"),
+    Metric("ledger/admitted", "groups", "admitted since the start"),
+    Metric("ledger/trained", "groups", "trained since the start"),
+    Metric("ledger/rejected", "groups", "rejected or failed since the start"),
+    Metric("ledger/lost", "groups", "unaccounted for; always 0"),
+    Metric("workers/rollout/desired", "workers", "rollout workers asked for"),
+    Metric("workers/rollout/ready", "workers", "rollout workers alive"),
+)
+
+CATALOGUE: dict[str, Metric] = {metric.name: metric for metric in _METRICS}
+
+
+def definition(key: str) -> Metric:
+    """The metric behind a key, bucketed or not. Raises KeyError for a name nobody defined."""
+    name, _, bucket = key.partition("/by_staleness/")
+    metric = CATALOGUE[name]
+    if bucket and not (metric.by_staleness and bucket in STALENESS_BUCKETS):
+        raise KeyError(key)
+    return metric

@@ -1,0 +1,94 @@
+"""The files of a run, `runs/<name>/`: everything needed to open, audit and recompute it later."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rlsys.errors import CheckpointError
+
+
+@dataclass(frozen=True, slots=True)
+class RunDirectory:
+    """Paths below one run's directory."""
+
+    root: Path
+
+    @property
+    def config(self) -> Path:
+        """The resolved configuration."""
+        return self.root / "config.yaml"
+
+    @property
+    def metrics(self) -> Path:
+        """One JSON object per learner step; evaluations are rows of their own."""
+        return self.root / "metrics.jsonl"
+
+    @property
+    def ledger(self) -> Path:
+        """One JSON object per closed slot."""
+        return self.root / "ledger.jsonl"
+
+    @property
+    def notes(self) -> Path:
+        """One JSON object per event a person should read."""
+        return self.root / "events.jsonl"
+
+    @property
+    def tensorboard(self) -> Path:
+        """TensorBoard event files."""
+        return self.root / "events"
+
+    @property
+    def rollouts(self) -> Path:
+        """Parquet files, one per recorded step."""
+        return self.root / "rollouts"
+
+    @property
+    def checkpoints(self) -> Path:
+        """`step-*` directories."""
+        return self.root / "checkpoints"
+
+    @property
+    def plot(self) -> Path:
+        """Reward and staleness over the steps."""
+        return self.root / "summary.png"
+
+    def rows(self) -> list[dict[str, Any]]:
+        """All of `metrics.jsonl`; a last line cut short by a crash is left out."""
+        return list(read_jsonl(self.metrics))
+
+    def create(self, config_yaml: str) -> None:
+        """Make the directory of a new run. Raises `CheckpointError` when it already holds one."""
+        if self.metrics.exists() or any(self.checkpoints.glob("step-*")):
+            raise CheckpointError(
+                f"{self.root} already holds a run; continue it with --resume, or choose another name (name=...)"
+            )
+        self.root.mkdir(parents=True, exist_ok=True)
+        self.config.write_text(config_yaml)
+
+    def rewind(self, version: int) -> None:
+        """Drop what a run recorded after the checkpoint it resumes from, so that nothing is there twice."""
+        _keep(self.metrics, lambda row: row["step"] <= version)
+        _keep(self.ledger, lambda row: row["version"] <= version)
+        for path in self.rollouts.glob("step-*.parquet"):
+            if int(path.stem.split("-")[1]) > version:
+                path.unlink()
+
+
+def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
+    """The complete lines of a JSON-lines file; nothing if it does not exist."""
+    if not path.exists():
+        return
+    for line in path.read_text().splitlines(keepends=True):
+        if line.endswith("\n"):
+            yield json.loads(line)
+
+
+def _keep(path: Path, wanted: Any) -> None:
+    if path.exists():
+        rows = [row for row in read_jsonl(path) if wanted(row)]
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        temporary.replace(path)

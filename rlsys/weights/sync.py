@@ -1,0 +1,123 @@
+"""Keeps every rollout worker on the newest version, and knows what each one serves.
+
+One sender per worker, each waiting for a version newer than its worker's: a slow worker skips versions
+and never holds up another. A version counts as published when a worker *acknowledged* it.
+"""
+
+import asyncio
+import logging
+import time
+from dataclasses import dataclass
+from typing import Protocol
+
+from rlsys.errors import WeightSyncError
+from rlsys.versions import PolicyVersion
+from rlsys.weights.transport import WeightTicket
+
+log = logging.getLogger(__name__)
+
+RETRY_BACKOFF_S = (0.1, 0.5, 2.0)
+"""Waits before the second, third, … attempt to bring one version to one worker."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ack:
+    """A worker serves `version`; it took `apply_s` from sending, with decoding paused for `pause_s`.
+
+    `error` says why the version could not be served instead; the worker stays on its old one.
+    """
+
+    worker: str
+    version: PolicyVersion
+    apply_s: float
+    pause_s: float
+    error: str | None = None
+
+
+class Applier(Protocol):
+    """A rollout worker as the weight-sync service sees it."""
+
+    async def apply(self, ticket: WeightTicket) -> float:
+        """Fetch, verify and serve a version; returns seconds of paused decoding. Raises on any failure."""
+
+
+class WeightSync:
+    """Sends versions to workers and collects their acknowledgements. For one event loop."""
+
+    def __init__(self, *, timeout_s: float) -> None:
+        self._timeout_s = timeout_s
+        self._ticket: WeightTicket | None = None
+        self._senders: dict[str, asyncio.Task[None]] = {}
+        self._changed = asyncio.Condition()
+        self._acks: list[Ack] = []
+
+    async def publish(self, ticket: WeightTicket) -> None:
+        """Send a version to all workers; returns when one of them serves it (or a newer one).
+
+        Raises `WeightSyncError` when none did in time; every worker then still serves its old version.
+        """
+        version = ticket.manifest.version
+        async with self._changed:
+            if self._ticket is not None and version < self._ticket.manifest.version:
+                raise WeightSyncError(f"version {version} is older than the published {self._ticket.manifest.version}")
+            self._ticket = ticket
+            self._changed.notify_all()
+            try:
+                async with asyncio.timeout(self._timeout_s):
+                    await self._changed.wait_for(lambda: self._served(version) or not self._senders)
+            except TimeoutError:
+                raise WeightSyncError(f"no worker served version {version} within {self._timeout_s:g} s{self._why(version)}") from None
+
+    async def add(self, name: str, worker: Applier) -> None:
+        """A worker joins; it is brought to the current version first."""
+        self._senders[name] = asyncio.create_task(self._send(name, worker), name=f"weights to {name}")
+
+    async def remove(self, name: str) -> None:
+        """A worker left."""
+        sender = self._senders.pop(name, None)
+        if sender is not None:
+            sender.cancel()
+        async with self._changed:
+            self._changed.notify_all()
+
+    async def acks(self, cursor: int) -> list[Ack]:
+        """Acknowledgements after the first `cursor` ones; waits for at least one."""
+        async with self._changed:
+            await self._changed.wait_for(lambda: len(self._acks) > cursor)
+            return self._acks[cursor:]
+
+    async def _send(self, name: str, worker: Applier) -> None:
+        served: PolicyVersion | None = None
+        while True:
+            async with self._changed:
+                await self._changed.wait_for(
+                    lambda: self._ticket is not None and (served is None or self._ticket.manifest.version > served)
+                )
+                ticket = self._ticket
+            assert ticket is not None
+            ack = await self._deliver(name, worker, ticket)
+            served = ticket.manifest.version  # a refused version is not tried again: the next one replaces it
+            async with self._changed:
+                self._acks.append(ack)
+                self._changed.notify_all()
+
+    async def _deliver(self, name: str, worker: Applier, ticket: WeightTicket) -> Ack:
+        version, start, error = ticket.manifest.version, time.perf_counter(), ""
+        for wait in (*RETRY_BACKOFF_S, None):
+            try:
+                pause = await worker.apply(ticket)
+            except Exception as failure:
+                error = f"{type(failure).__name__}: {failure}"
+                log.warning("worker %s did not take version %d: %s", name, version, error)
+                if wait is None or (self._ticket is not None and self._ticket.manifest.version > version):
+                    break
+                await asyncio.sleep(wait)
+            else:
+                return Ack(worker=name, version=version, apply_s=time.perf_counter() - start, pause_s=pause)
+        return Ack(worker=name, version=version, apply_s=time.perf_counter() - start, pause_s=0.0, error=error)
+
+    def _served(self, version: PolicyVersion) -> bool:
+        return any(ack.version >= version and ack.error is None for ack in self._acks)
+
+    def _why(self, version: PolicyVersion) -> str:
+        return "".join(f"; {ack.worker}: {ack.error}" for ack in self._acks if ack.version == version and ack.error)
