@@ -9,6 +9,7 @@
     advantages    ADVANTAGES: rewards -> one advantage per response; gae and step per token
     staleness     versions of tokens, their age, the bound on it
     diagnostics   numbers about weights: ESS, χ², tails, by staleness
+    budgets       BUDGETS, ALLOCATIONS: how many samples a prompt deserves
 
 Layout everywhere: the tokens of all responses concatenated, [N], with `response_index` [N] naming the
 response each belongs to; a response is contiguous and never split. `loss_mask` is True on sampled tokens.

@@ -21,23 +21,25 @@ MASK = torch.tensor([True, True, True, False, True])
 Q = torch.tensor([3.0, 0.4, 1.2, 100.0, 5.5], dtype=torch.float64)
 
 
-def correct(name: str, objective: str = "ppo_clip", q: Tensor = Q, **options) -> Correction:
-    layout = (
-        {"loss_mask": MASK, "response_index": INDEX, "responses": 2}
-        if len(q) == 5
-        else {
-            "loss_mask": torch.ones(len(q), dtype=torch.bool),
-            "response_index": torch.zeros(len(q), dtype=torch.int64),
-            "responses": 1,
-        }
-    )
+def correct(
+    name: str,
+    objective: str = "ppo_clip",
+    q: Tensor = Q,
+    proximal_logprobs: Tensor | None = None,
+    **options: float,
+) -> Correction:
+    """Of the five tokens above, or of one fully trained response when q has another length."""
+    usual = len(q) == len(Q)
     start = torch.full_like(q, -1.0)
     return compute_correction(
         name,
         step_start_logprobs=start,
         behavior_logprobs=start - q.log(),
+        loss_mask=MASK if usual else torch.ones(len(q), dtype=torch.bool),
+        response_index=INDEX if usual else torch.zeros(len(q), dtype=torch.int64),
+        responses=2 if usual else 1,
         objective=objective,
-        **layout,
+        proximal_logprobs=proximal_logprobs,
         **options,
     )
 
@@ -126,7 +128,7 @@ def test_dpo_refuses_every_correction_and_unknown_names_are_refused() -> None:
     with pytest.raises(ConfigError, match="dpo"):
         correct("tis", "dpo")
     assert correct("none", "dpo").keep.all()
-    with pytest.raises(ConfigError, match="objective.correction='icepop'"):
+    with pytest.raises(ConfigError, match=r"objective.correction='icepop'"):
         correct("icepop")
     with pytest.raises(ConfigError, match="no option low"):
         correct("tis", low=0.1)

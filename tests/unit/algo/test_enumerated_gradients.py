@@ -28,7 +28,7 @@ REWARDS = torch.rand(len(SPACE.responses), generator=torch.Generator().manual_se
 
 def ascent(objective: str, *, behavior: Tensor = BEHAVIOR, rewards: Tensor = REWARDS, **options: float) -> Tensor:
     def loss(batch: TokenBatch) -> Tensor:
-        return policy_loss(batch, ONE, objective=objective, reduce="constant", **options).loss
+        return policy_loss(batch, ONE, objective=objective, reduce="constant", correction=None, **options).loss
 
     return expected_gradient(SPACE, POLICY, behavior, rewards, loss)
 
@@ -43,6 +43,7 @@ def corrected_ascent(objective: str, correction: str, start: Tensor, **correctio
             response_index=batch.response_index,
             responses=batch.responses,
             objective=objective,
+            proximal_logprobs=None,
             **correction_options,
         )
         return policy_loss(batch, ONE, objective=objective, reduce="constant", correction=fixed).loss

@@ -66,7 +66,7 @@ def test_objective_equals_the_hand_computed(objective, options, value, slope, cl
     assert "".join(str(int(t)) for t in out.clipped.nonzero()) == clipped
     assert "".join(str(int(t)) for t in out.outside.nonzero()) == outside
     assert int(out.metrics["clipped"]) == len(clipped)
-    assert int(out.metrics["tokens"]) == 4 and int(out.metrics["responses"]) == 2
+    assert (int(out.metrics["tokens"]), int(out.metrics["responses"])) == (4, 2)
 
 
 def test_gspo_clips_a_whole_response_by_the_sign_of_its_advantage() -> None:
@@ -164,13 +164,13 @@ def test_sequence_objectives_refuse_per_token_advantages(objective: str) -> None
 
 def test_mistakes_are_refused_by_name() -> None:
     tokens = batch()
-    with pytest.raises(ConfigError, match="objective.name='ppo'.*ppo_clip"):
+    with pytest.raises(ConfigError, match=r"objective.name='ppo'.*ppo_clip"):
         policy_loss(tokens, TOTALS, objective="ppo", reduce="token_mean")
     with pytest.raises(ConfigError, match="'is_token' has no option clip_low; allowed: none"):
         policy_loss(tokens, TOTALS, objective="is_token", reduce="token_mean", clip_low=0.1)
-    with pytest.raises(ConfigError, match="objective.reduce='mean'"):
+    with pytest.raises(ConfigError, match=r"objective.reduce='mean'"):
         policy_loss(tokens, TOTALS, objective="is_token", reduce="mean")
-    with pytest.raises(ConfigError, match="dual_clip=0.9"):
+    with pytest.raises(ConfigError, match=r"dual_clip=0.9"):
         policy_loss(tokens, TOTALS, objective="ppo_clip", reduce="token_mean", dual_clip=0.9)
     with pytest.raises(ConfigError, match="use dpo_loss"):
         policy_loss(tokens, TOTALS, objective="dpo", reduce="token_mean")
