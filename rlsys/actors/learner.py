@@ -24,7 +24,7 @@ class LearnerActor:
         settle("learner", threads=threads, pin=config.resources.pin_cores and not on_gpu)
         import torch
 
-        from rlsys.learning.checkpoint import restore
+        from rlsys.learning.checkpoint import load
         from rlsys.learning.learner import Learner
         from rlsys.weights.buffer import WeightPacker
         from rlsys.weights.transport import ObjectStoreTransport
@@ -45,10 +45,12 @@ class LearnerActor:
             device="cuda" if on_gpu else "cpu",
         )
         if resume is not None:
-            restore(resume, self._learner)
-        self._path = path
+            self._learner.load_state(load(resume).state)
+        self._path, self._run, self._keep = path, config.path, config.checkpoint.keep
         self._packer = WeightPacker(
-            self._learner.named_tensors(), dtype=config.rollout.dtype, vocab_size=self._learner.policy.vocab_size
+            self._learner.named_tensors(),
+            dtype=config.rollout.dtype,
+            vocab_size=self._learner.policy.model.get_input_embeddings().weight.shape[0],
         )
         self._transport = ObjectStoreTransport()
         self._tickets: list[WeightTicket] = []
@@ -71,10 +73,12 @@ class LearnerActor:
         return ticket
 
     def save(self, directory: Path, extra: Mapping[str, Any]) -> None:
-        """Write a checkpoint atomically; its tokenizer is the initial model's."""
-        from rlsys.learning.checkpoint import save
+        """Write a checkpoint atomically, with the initial model's tokenizer; older ones are pruned."""
+        from rlsys.learning.checkpoint import prune, save
+        from rlsys.learning.policy import load_tokenizer
 
-        save(directory, self._learner, tokenizer_from=self._path, extra=extra)
+        save(directory, self._learner, load_tokenizer(self._path), extra)
+        prune(self._run, self._keep)
 
     @ray.method(concurrency_group="control")
     def version(self) -> PolicyVersion:

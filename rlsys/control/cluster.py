@@ -23,7 +23,7 @@ def cluster(config: RunConfig) -> Iterator[None]:
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     try:
         if resources.address is None:
-            os.environ.setdefault("RAY_AUTH_MODE", "token")
+            # Ray turns token authentication on for a cluster it starts, and takes the token from here.
             os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
             ray.init(
                 address="local",

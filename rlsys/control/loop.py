@@ -31,7 +31,7 @@ from rlsys.control.ports import (
     WeightsPort,
     WorkerLost,
 )
-from rlsys.errors import ClusterError, RewardError, RlsysError, StalenessViolation
+from rlsys.errors import ClusterError, RewardError, StalenessViolation
 from rlsys.records import LearnerStep, Prompt
 from rlsys.scheduling.ledger import End, Ledger, Slot
 from rlsys.scheduling.routing import Router, Worker
@@ -125,6 +125,7 @@ class TrainingLoop:
         self._signal = Signal()
         self._stopping = False
         self._failed_in_a_row = 0
+        self._saved_version: PolicyVersion | None = None
         self._publication: asyncio.Task[None] | None = None
         self._records: asyncio.Queue[tuple[Batch, Update, dict[str, float | None]]] = asyncio.Queue()
         self._tasks: asyncio.TaskGroup | None = None
@@ -161,8 +162,8 @@ class TrainingLoop:
                     await self._evaluate()
                 for task in self._spawned:
                     task.cancel()
-        except* RlsysError as failures:
-            raise failures.exceptions[0] from None
+        except* Exception as failures:
+            raise _first(failures) from None
 
     # -- the four loops ---------------------------------------------------------------------------------------------
 
@@ -365,7 +366,9 @@ class TrainingLoop:
             await self.checkpoint()
 
     async def checkpoint(self) -> None:
-        """Parameters, optimizer, RNG, the prompt cursor and every open prompt, together."""
+        """Parameters, optimizer, RNG, the prompt cursor and every open prompt, together; once per version."""
+        if self._saved_version == self.version:
+            return
         extra = {
             "source": dict(self.parts.prompts.state()),
             "open": [[slot.prompt.epoch, slot.prompt.index] for slot in self.ledger.open]
@@ -374,6 +377,13 @@ class TrainingLoop:
         }
         directory = self.config.path / "checkpoints" / f"step-{self.version:06d}"
         await self.parts.learner.save(directory, extra)
+        self._saved_version = self.version
+
+
+def _first(failures: BaseExceptionGroup[BaseException]) -> BaseException:
+    """What went wrong first: the others fell because it did."""
+    first = failures.exceptions[0]
+    return _first(first) if isinstance(first, BaseExceptionGroup) else first
 
 
 class _StepClock:

@@ -63,7 +63,7 @@ def load_prompts(config: RunConfig, path: str) -> Prompts:
 
     task = build_task(config.task, config.seed)
     tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-    encode = make_encoder(tokenizer, getattr(config.task, "chat", None))
+    encode = make_encoder(tokenizer, task.chat)
     source = PromptSource(task, encode, config.seed)
     items = task.eval_items()[: config.eval.max_prompts]
     held_out = [make_prompt(item, encode, epoch=0, index=i) for i, item in enumerate(items)]

@@ -1,23 +1,29 @@
 """Every metric a run reports: name, unit, meaning. One definition each; everything else reads it from here.
 
 Names that end in `by_staleness/{0,1,2,3,4+}` are a metric of the same name restricted to tokens (or, for
-sequence metrics, responses) of that staleness; an empty bucket is null.
+sequence metrics, responses) of that staleness, those in `by_sign/{positive,negative}` to tokens whose
+advantage has that sign; an empty part is null.
 """
 
+import re
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True, slots=True)
 class Metric:
-    """`by_staleness`: also reported per staleness bucket."""
+    """`by_staleness`, `by_sign`: also reported per staleness bucket, and by the sign of the advantage."""
 
     name: str
     unit: str
     meaning: str
     by_staleness: bool = False
+    by_sign: bool = False
 
 
-STALENESS_BUCKETS = ("0", "1", "2", "3", "4+")
+PARTS = {"by_staleness": ("0", "1", "2", "3", "4+"), "by_sign": ("positive", "negative")}
+"""How a metric may be restricted, and to what."""
+
+_RESTRICTED = re.compile(r"(.+?)(?:/(by_staleness|by_sign)/(.+))?")
 
 _METRICS = (
     Metric("reward/mean", "reward", "mean reward of the batch's responses, before any KL term"),
@@ -50,18 +56,10 @@ _METRICS = (
     Metric("importance/log_ratio_p99", "nats", "99th percentile of log r over tokens", True),
     Metric("importance/log_ratio_abs_max", "nats", "largest |log r| of a token", True),
     Metric("importance/linearization_gap", "1", "mean |Π r - 1 - Σ(r - 1)| over responses", True),
-    Metric("importance/clip_fraction", "fraction", "tokens whose clipped branch acts (their gradient is cut)", True),
-    Metric("importance/clip_fraction/positive", "fraction", "the same among tokens with positive advantage"),
-    Metric("importance/clip_fraction/negative", "fraction", "the same among tokens with negative advantage"),
-    Metric("importance/outside_fraction", "fraction", "tokens whose ratio is beyond the objective's bounds", True),
-    Metric("importance/outside_fraction/positive", "fraction", "the same among tokens with positive advantage"),
-    Metric("importance/outside_fraction/negative", "fraction", "the same among tokens with negative advantage"),
-    Metric("importance/masked_fraction", "fraction", "tokens the correction masked", True),
-    Metric("importance/masked_fraction/positive", "fraction", "the same among tokens with positive advantage"),
-    Metric("importance/masked_fraction/negative", "fraction", "the same among tokens with negative advantage"),
-    Metric("importance/truncated_fraction", "fraction", "tokens whose correction weight was truncated", True),
-    Metric("importance/truncated_fraction/positive", "fraction", "the same among tokens with positive advantage"),
-    Metric("importance/truncated_fraction/negative", "fraction", "the same among tokens with negative advantage"),
+    Metric("importance/clip_fraction", "fraction", "tokens whose clipped branch acts (their gradient is cut)", True, True),
+    Metric("importance/outside_fraction", "fraction", "tokens whose ratio is beyond the objective's bounds", True, True),
+    Metric("importance/masked_fraction", "fraction", "tokens the correction masked", True, True),
+    Metric("importance/truncated_fraction", "fraction", "tokens whose correction weight was truncated", True, True),
     Metric("importance/clamped_fraction", "fraction", "tokens or responses whose log-ratio met the ±20 clamp"),
     Metric("kl/reference_k1", "nats", "mean(log π_θ - log π_ref) per token"),
     Metric("kl/reference_k3", "nats", "mean(e^d - d - 1), d = log π_ref - log π_θ, per token"),
@@ -104,9 +102,9 @@ CATALOGUE: dict[str, Metric] = {metric.name: metric for metric in _METRICS}
 
 
 def definition(key: str) -> Metric:
-    """The metric behind a key, bucketed or not. Raises KeyError for a name nobody defined."""
-    name, _, bucket = key.partition("/by_staleness/")
+    """The metric behind a key, restricted or not. Raises KeyError for a name nobody defined."""
+    name, kind, part = _RESTRICTED.fullmatch(key).groups()  # type: ignore[union-attr]
     metric = CATALOGUE[name]
-    if bucket and not (metric.by_staleness and bucket in STALENESS_BUCKETS):
+    if kind and not (getattr(metric, kind) and part in PARTS[kind]):
         raise KeyError(key)
     return metric
