@@ -28,7 +28,9 @@ err = Console(stderr=True)
 ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="A run's YAML file.", show_default=False)]
 Overrides = Annotated[
     list[str] | None,
-    typer.Argument(metavar="[SECTION.FIELD=VALUE]...", help="Changes to it, e.g. rollout.workers=2.", show_default=False),
+    typer.Argument(
+        metavar="[SECTION.FIELD=VALUE]...", help="Changes to it, e.g. rollout.workers=2.", show_default=False
+    ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for programs instead of text for people.")]
 
@@ -110,7 +112,9 @@ def warmstart(config: ConfigPath, overrides: Overrides = None, as_json: AsJson =
 @app.command("eval", epilog="Example: rlsys eval runs/quickstart/checkpoints/step-000110 configs/quickstart.yaml")
 def evaluate(
     checkpoint: Annotated[Path, typer.Argument(help="A Hugging Face model directory.", show_default=False)],
-    config: Annotated[Path | None, typer.Argument(help="Whose task to use. Default: the run the checkpoint is in.")] = None,
+    config: Annotated[
+        Path | None, typer.Argument(help="Whose task to use. Default: the run the checkpoint is in.")
+    ] = None,
     overrides: Overrides = None,
     as_json: AsJson = False,
 ) -> None:
@@ -133,7 +137,7 @@ def export(
     dtype: Annotated[str | None, typer.Option(help="Cast parameters: float32, bfloat16 or float16.")] = None,
 ) -> None:
     """Copy a checkpoint's model without the trainer's state: a plain Hugging Face directory."""
-    from rlsys.learning.checkpoint import export as write
+    from rlsys.learning.export import export as write
 
     write(checkpoint, target, dtype)
     out.print(f"wrote {_shown(target)}", markup=False, highlight=False, soft_wrap=True)
@@ -275,8 +279,6 @@ def _percent(value: float | None) -> str:
 
 def _milliseconds(value: float | None) -> float | None:
     return None if value is None else 1000 * value
-
-
 
 
 if __name__ == "__main__":

@@ -50,7 +50,7 @@ class LearnerActor:
         self._packer = WeightPacker(
             self._learner.named_tensors(),
             dtype=config.rollout.dtype,
-            vocab_size=self._learner.policy.model.get_input_embeddings().weight.shape[0],
+            vocab_size=self._learner.policy.vocab_size,
         )
         self._transport = ObjectStoreTransport()
         self._tickets: list[WeightTicket] = []
@@ -75,9 +75,8 @@ class LearnerActor:
     def save(self, directory: Path, extra: Mapping[str, Any]) -> None:
         """Write a checkpoint atomically, with the initial model's tokenizer; older ones are pruned."""
         from rlsys.learning.checkpoint import prune, save
-        from rlsys.learning.policy import load_tokenizer
 
-        save(directory, self._learner, load_tokenizer(self._path), extra)
+        save(directory, self._learner, tokenizer_from=self._path, extra=extra)
         prune(self._run, self._keep)
 
     @ray.method(concurrency_group="control")

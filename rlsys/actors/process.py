@@ -2,7 +2,7 @@
 
 import logging
 import os
-import threading
+from pathlib import Path
 from typing import Literal
 
 Role = Literal["learner", "rollout", "other"]
@@ -18,11 +18,10 @@ def settle(role: Role, *, index: int = 0, threads: int = 1, pin: bool) -> list[i
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s", force=True)
     os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = str(threads)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("HF_HUB_OFFLINE", os.environ.get("HF_HUB_OFFLINE", "0"))
     cores = assign_cores(sorted(os.sched_getaffinity(0)), role, index=index, threads=threads)
     if pin:
-        for thread in os.listdir("/proc/self/task"):
-            _bind(int(thread), cores)
+        for thread in Path("/proc/self/task").iterdir():
+            _bind(int(thread.name), cores)
     return cores
 
 
@@ -46,4 +45,4 @@ def _bind(thread: int, cores: list[int]) -> None:
     try:
         os.sched_setaffinity(thread, cores)
     except ProcessLookupError:
-        logging.getLogger(__name__).debug("thread %d of %d ended before it was bound", thread, threading.active_count())
+        logging.getLogger(__name__).debug("thread %d ended before it was bound", thread)

@@ -37,7 +37,9 @@ class Evaluation:
 async def evaluate(prompts: Sequence[Prompt], workers: Sequence[RolloutPort], rewards: RewardPort) -> Evaluation:
     """One greedy response to every prompt, spread over the workers."""
 
-    async def chunk(worker: RolloutPort, part: tuple[Prompt, ...]) -> list[tuple[float, int, PolicyVersion, PolicyVersion]]:
+    async def chunk(
+        worker: RolloutPort, part: tuple[Prompt, ...]
+    ) -> list[tuple[float, int, PolicyVersion, PolicyVersion]]:
         summaries, payload = await worker.greedy(part)
         scores = await rewards.score_all(payload)
         return [

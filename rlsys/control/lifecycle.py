@@ -106,7 +106,9 @@ def _checkpoint_to_resume(directory: RunDirectory, config: RunConfig) -> Path:
         raise CheckpointError(f"--resume: {directory.checkpoints} holds no complete checkpoint; start without --resume")
     version = int(read_extra(checkpoint)["version"])
     if version >= config.learner.steps:
-        raise ConfigError(f"learner.steps={config.learner.steps}: the run is already at step {version}; raise it to go on")
+        raise ConfigError(
+            f"learner.steps={config.learner.steps}: the run is already at step {version}; raise it to go on"
+        )
     directory.rewind(version)
     return checkpoint
 

@@ -11,13 +11,12 @@ behind a port. The loops share a ledger and a router and wake each other through
 
 import asyncio
 import logging
-import time
 from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from rlsys.config.schema import RunConfig
-from rlsys.control.evaluation import Evaluation, evaluate
+from rlsys.control.evaluation import evaluate
 from rlsys.control.ports import (
     FinishedGroup,
     FleetStats,
@@ -31,13 +30,13 @@ from rlsys.control.ports import (
     WeightsPort,
     WorkerLost,
 )
+from rlsys.control.progress import Progress, StepClock, ledger_metrics
 from rlsys.errors import ClusterError, RewardError, StalenessViolation
-from rlsys.records import LearnerStep, Prompt
+from rlsys.records import Prompt
 from rlsys.scheduling.ledger import End, Ledger, Slot
 from rlsys.scheduling.routing import Router, Worker
 from rlsys.scheduling.signal import Signal
 from rlsys.versions import PolicyVersion
-from rlsys.weights.sync import Ack
 from rlsys.weights.transport import WeightTicket
 
 log = logging.getLogger(__name__)
@@ -89,17 +88,6 @@ class Parts:
     journal: Journal
 
 
-@dataclass(slots=True)
-class Progress:
-    """What `status` shows while the loop runs."""
-
-    version: PolicyVersion = 0
-    published_version: PolicyVersion = -1
-    metrics: dict[str, float | None] = field(default_factory=dict)
-    acks: dict[str, Ack] = field(default_factory=dict)
-    evaluations: dict[PolicyVersion, Evaluation] = field(default_factory=dict)
-
-
 class TrainingLoop:
     """Runs a configured number of learner steps. One instance, one run of `run()`."""
 
@@ -130,7 +118,7 @@ class TrainingLoop:
         self._records: asyncio.Queue[tuple[Batch, Update, dict[str, float | None]]] = asyncio.Queue()
         self._tasks: asyncio.TaskGroup | None = None
         self._spawned: set[asyncio.Task[None]] = set()
-        self._clock = _StepClock()
+        self._clock = StepClock()
 
     @property
     def version(self) -> PolicyVersion:
@@ -183,7 +171,8 @@ class TrainingLoop:
         while True:
             await self._signal.until(lambda: self.ledger.next_waiting() is not None and self._route() is not None)
             slot, worker = self.ledger.next_waiting(), self._route()
-            assert slot is not None and worker is not None
+            assert slot is not None
+            assert worker is not None
             attempt = self.ledger.start(slot.id, worker.name)
             worker.in_flight += 1
             self._spawn(self._serve(slot, attempt, worker), f"slot {slot.id}")
@@ -263,7 +252,9 @@ class TrainingLoop:
         self.parts.journal.event("failed_reward", str(error))
         self._failed_in_a_row += 1
         if self._failed_in_a_row >= MAX_FAILED_IN_A_ROW:
-            raise RewardError(f"{self._failed_in_a_row} groups in a row got no reward; the last one: {error}") from error
+            raise RewardError(
+                f"{self._failed_in_a_row} groups in a row got no reward; the last one: {error}"
+            ) from error
 
     def _lose_worker(self, name: str, error: WorkerLost) -> None:
         if self.parts.rollouts.pop(name, None) is not None:
@@ -311,7 +302,7 @@ class TrainingLoop:
             **timing,
             **self._clock.fleet(await self.fleet_stats()),
             **self._sync_metrics(update),
-            **{f"ledger/{name}": float(count) for name, count in _ledger_metrics(self.ledger).items()},
+            **{f"ledger/{name}": float(count) for name, count in ledger_metrics(self.ledger).items()},
             "staleness/bound": float(self.config.staleness.max),
             "workers/rollout/desired": float(self.config.rollout.workers),
             "workers/rollout/ready": float(len(self.parts.rollouts)),
@@ -384,53 +375,6 @@ def _first(failures: BaseExceptionGroup[BaseException]) -> BaseException:
     """What went wrong first: the others fell because it did."""
     first = failures.exceptions[0]
     return _first(first) if isinstance(first, BaseExceptionGroup) else first
-
-
-class _StepClock:
-    """Rates between two learner steps."""
-
-    def __init__(self) -> None:
-        self._step_end = self._fleet_end = self._wait_start = time.perf_counter()
-        self._idle = 0.0
-        self._fleet = FleetStats(generated_tokens=0, busy_s=0.0, paused_s=0.0, workers=0)
-
-    def waiting(self) -> None:
-        """The learner asks for a batch."""
-        self._wait_start = time.perf_counter()
-
-    def learning(self) -> None:
-        """It got one."""
-        self._idle = time.perf_counter() - self._wait_start
-
-    def step(self, step: LearnerStep) -> dict[str, float | None]:
-        """Since the previous learner step: its length, the learner's wait for a batch, trained tokens per second."""
-        now = time.perf_counter()
-        elapsed, self._step_end = now - self._step_end, now
-        return {
-            "throughput/step_s": elapsed,
-            "throughput/learner_idle_s": self._idle,
-            "throughput/learner_s": step.seconds,
-            "throughput/trained_tokens_per_s": step.trained_tokens / elapsed,
-        }
-
-    def fleet(self, stats: FleetStats) -> dict[str, float | None]:
-        """Since the previous call: generated tokens per second, share of time not decoding, seconds paused."""
-        now = time.perf_counter()
-        elapsed, self._fleet_end = now - self._fleet_end, now
-        previous, self._fleet = self._fleet, stats
-        busy = (stats.busy_s - previous.busy_s) / (elapsed * max(1, stats.workers))
-        return {
-            "throughput/generated_tokens_per_s": (stats.generated_tokens - previous.generated_tokens) / elapsed,
-            "throughput/rollout_idle_fraction": min(1.0, max(0.0, 1 - busy)),
-            "weight_sync/pause_s": stats.paused_s - previous.paused_s,
-        }
-
-
-def _ledger_metrics(ledger: Ledger) -> dict[str, int]:
-    counts = ledger.counts()
-    rejected = sum(count for name, count in counts.items() if str(name).startswith(("rejected", "failed")))
-    names = ("waiting", "in_flight", "finished", "trained", "lost", "admitted")
-    return {**{name: counts[name] for name in names}, "rejected": rejected}
 
 
 def _groups_per_worker(config: RunConfig) -> int:

@@ -44,7 +44,9 @@ def check_model_directory(path: str, max_context: int) -> list[str]:
     directory = Path(path)
     if not directory.is_dir():
         if directory.is_absolute() or path.startswith(".") or path.count("/") != 1:
-            raise ConfigError(f"model.path={path}: no such directory; expected a Hugging Face model directory or hub name")
+            raise ConfigError(
+                f"model.path={path}: no such directory; expected a Hugging Face model directory or hub name"
+            )
         return [f"model.path={path} is not a local directory; it will be fetched from the Hugging Face hub"]
     for needed, what in (("config.json", "model configuration"), ("tokenizer_config.json", "tokenizer")):
         if not (directory / needed).is_file():

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from itertools import count
 
-from rlsys.engines.protocol import ApplyReport, Engine, Sampled, Sampling
+from rlsys.engines.protocol import ApplyReport, Buffer, Engine, Sampled, Sampling
 from rlsys.errors import EngineError
 from rlsys.versions import PolicyVersion, WeightManifest
 
@@ -66,7 +66,7 @@ class EngineDriver:
         self._inbox.put(submit)
         return await asyncio.wrap_future(future)
 
-    async def apply(self, manifest: WeightManifest, buffer: memoryview) -> ApplyReport:
+    async def apply(self, manifest: WeightManifest, buffer: Buffer) -> ApplyReport:
         """Serve a new version after the decode step that runs now. Raises what the engine raises."""
         self._require_alive()
         future: Future[ApplyReport] = Future()

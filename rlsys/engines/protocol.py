@@ -3,10 +3,14 @@
 from dataclasses import dataclass
 from typing import Protocol
 
-from rlsys.records import BoolArray, FinishReason, FloatArray, IntArray
+import numpy as np
+import numpy.typing as npt
+
+from rlsys.records import FinishReason, FloatArray, IntArray
 from rlsys.versions import PolicyVersion, VersionSpan, WeightManifest
 
-Buffer = BoolArray | IntArray | FloatArray
+Buffer = npt.NDArray[np.uint8]
+"""A version's bytes, one-dimensional and contiguous."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,7 +62,7 @@ class Engine(Protocol):
     def step(self) -> list[tuple[str, list[Sampled]]]:
         """Decode one token for every running response; return the groups that finished."""
 
-    def apply(self, manifest: WeightManifest, buffer: memoryview) -> None:
+    def apply(self, manifest: WeightManifest, buffer: Buffer) -> None:
         """Serve the manifest's version from the next step on. Raises `WeightSyncError`, leaving the old one."""
 
     def shutdown(self) -> None:

@@ -25,7 +25,7 @@ from vllm.sampling_params import RequestOutputKind
 
 from rlsys.config.schema import ModelConfig, RolloutConfig
 from rlsys.engines import receiver
-from rlsys.engines.protocol import Sampled, Sampling
+from rlsys.engines.protocol import Buffer, Sampled, Sampling
 from rlsys.errors import ConfigError, EngineError, WeightSyncError
 from rlsys.records import FinishReason
 from rlsys.versions import PolicyVersion, VersionSpan, WeightManifest
@@ -38,7 +38,9 @@ GIB = 1 << 30
 class VllmEngine:
     """Continuous batching over one model directory, serving version `version` from the start."""
 
-    def __init__(self, path: str, model: ModelConfig, rollout: RolloutConfig, *, seed: int, version: PolicyVersion = 0) -> None:
+    def __init__(
+        self, path: str, model: ModelConfig, rollout: RolloutConfig, *, seed: int, version: PolicyVersion = 0
+    ) -> None:
         if rollout.engine_options.get("enable_prefix_caching") and not rollout.reset_kv_on_update:
             raise ConfigError(
                 "rollout.engine_options.enable_prefix_caching=true: cached prefixes outlive a weight update; "
@@ -105,7 +107,7 @@ class VllmEngine:
             if isinstance(output, RequestOutput) and output.finished
         ]
 
-    def apply(self, manifest: WeightManifest, buffer: memoryview) -> None:
+    def apply(self, manifest: WeightManifest, buffer: Buffer) -> None:
         """Swap in a verified version between two steps. Raises `WeightSyncError`; the old one keeps serving."""
         update = {"manifest": manifest, "buffer": torch.frombuffer(buffer, dtype=torch.uint8)}
         self._engine.collective_rpc("start_weight_update")
@@ -147,8 +149,8 @@ def _keep_plain_linear_weights() -> None:
     Packed layers ignore later changes of their parameter, silently; plain ones take a new version by pointer.
     """
 
-    def plain(layer: torch.nn.Module, remove_weight: bool) -> None:  # noqa: ARG001
-        layer.cpu_linear = torch.nn.functional.linear
+    def plain(layer: torch.nn.Module, remove_weight: bool) -> None:
+        layer.cpu_linear = torch.nn.functional.linear  # type: ignore[assignment]
 
     if not hasattr(vllm_linear, "dispatch_cpu_unquantized_gemm"):
         raise EngineError("this vLLM has no dispatch_cpu_unquantized_gemm; rlsys supports vllm 0.32.0")

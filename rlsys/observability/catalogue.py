@@ -34,7 +34,9 @@ _METRICS = (
     Metric("eval/response_tokens", "tokens", "mean length of the greedy responses"),
     Metric("eval/oldest_version", "version", "oldest policy version that sampled an evaluated token"),
     Metric("eval/newest_version", "version", "newest policy version that sampled an evaluated token"),
-    Metric("staleness/mean", "versions", "learner version at consumption less the version that sampled it, over tokens"),
+    Metric(
+        "staleness/mean", "versions", "learner version at consumption less the version that sampled it, over tokens"
+    ),
     Metric("staleness/p95", "versions", "95th percentile over tokens"),
     Metric("staleness/max", "versions", "oldest token of the batch"),
     Metric("staleness/in_flight/mean", "versions", "part of the staleness gained before the response finished"),
@@ -43,7 +45,9 @@ _METRICS = (
     Metric("staleness/violations", "tokens", "trained tokens beyond the bound; always 0"),
     Metric("importance/ess_token", "fraction", "(Σr)²/(N Σr²) over tokens, r = π_θ/μ raw", True),
     Metric("importance/ess_sequence", "fraction", "(Σw)²/(G Σw²) over responses, w = Π r", True),
-    Metric("importance/ess_token_truncated", "fraction", "ESS over tokens after truncation at the correction's cap", True),
+    Metric(
+        "importance/ess_token_truncated", "fraction", "ESS over tokens after truncation at the correction's cap", True
+    ),
     Metric("importance/ess_sequence_truncated", "fraction", "ESS over responses after truncation at the cap", True),
     Metric("importance/chi2_token", "1", "mean(r²) - 1 over tokens", True),
     Metric("importance/chi2_sequence", "1", "mean(w²) - 1 over responses", True),
@@ -56,8 +60,12 @@ _METRICS = (
     Metric("importance/log_ratio_p99", "nats", "99th percentile of log r over tokens", True),
     Metric("importance/log_ratio_abs_max", "nats", "largest |log r| of a token", True),
     Metric("importance/linearization_gap", "1", "mean |Π r - 1 - Σ(r - 1)| over responses", True),
-    Metric("importance/clip_fraction", "fraction", "tokens whose clipped branch acts (their gradient is cut)", True, True),
-    Metric("importance/outside_fraction", "fraction", "tokens whose ratio is beyond the objective's bounds", True, True),
+    Metric(
+        "importance/clip_fraction", "fraction", "tokens whose clipped branch acts (their gradient is cut)", True, True
+    ),
+    Metric(
+        "importance/outside_fraction", "fraction", "tokens whose ratio is beyond the objective's bounds", True, True
+    ),
     Metric("importance/masked_fraction", "fraction", "tokens the correction masked", True, True),
     Metric("importance/truncated_fraction", "fraction", "tokens whose correction weight was truncated", True, True),
     Metric("importance/clamped_fraction", "fraction", "tokens or responses whose log-ratio met the ±20 clamp"),

@@ -22,7 +22,11 @@ def plot_run(directory: RunDirectory) -> Path:
 
     _line(reward, steps, "reward/mean", BLUE, "mean reward of the batch")
     reward.plot(
-        [row["step"] for row in evals], [row["eval/accuracy"] for row in evals], "o-", color=ORANGE, label="held-out greedy"
+        [row["step"] for row in evals],
+        [row["eval/accuracy"] for row in evals],
+        "o-",
+        color=ORANGE,
+        label="held-out greedy",
     )
     reward.set(ylabel="reward", ylim=(0, 1.03))
 
@@ -50,4 +54,6 @@ def plot_run(directory: RunDirectory) -> Path:
 
 def _line(axes: Any, rows: list[dict[str, Any]], name: str, color: str, label: str, linestyle: str = "-") -> None:
     points = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
-    axes.plot([p[0] for p in points], [p[1] for p in points], color=color, label=label, linestyle=linestyle, linewidth=1.6)
+    axes.plot(
+        [p[0] for p in points], [p[1] for p in points], color=color, label=label, linestyle=linestyle, linewidth=1.6
+    )

@@ -4,7 +4,7 @@ A prompt holds a slot from admission to a *named* end; nothing vanishes and noth
 
     admit            start               finish            take_batch          end(TRAINED)
       ──► WAITING ──────────► IN_FLIGHT ──────────► FINISHED ──────────► LEARNING ──────────► end
-             ▲                    │                     │                    
+             ▲                    │                     │
              └────── retry ───────┘                     └──── end(REJECTED_…, FAILED_…) ───► end
 
 With P groups per step, at most B slots and a completion window W, a slot is consumed at most
@@ -69,7 +69,12 @@ class Ledger:
     """At most `capacity` open slots (B), handed to the learner in admission order within `window` (W)."""
 
     def __init__(
-        self, *, capacity: int, window: int = 1, on_close: Callable[[Closed], None] = lambda closed: None, first_id: int = 0
+        self,
+        *,
+        capacity: int,
+        window: int = 1,
+        on_close: Callable[[Closed], None] = lambda closed: None,
+        first_id: int = 0,
     ) -> None:
         if capacity < 1 or window < 1:
             raise LedgerError(f"capacity={capacity} and window={window} must be at least 1")
@@ -93,11 +98,11 @@ class Ledger:
 
     def counts(self) -> dict[str, int]:
         """Open slots by state, ended ones by reason, and `lost`, which is 0 unless the ledger is broken."""
-        states = dict.fromkeys(State, 0)
+        counts = {state.value: 0 for state in State} | {end.value: count for end, count in self.ended.items()}
         for slot in self._slots.values():
-            states[slot.state] += 1
+            counts[slot.state.value] += 1
         lost = self.admitted - len(self._slots) - sum(self.ended.values())
-        return {**states, **self.ended, "admitted": self.admitted, "lost": lost}
+        return counts | {"admitted": self.admitted, "lost": lost}
 
     def admit(self, prompt: Prompt, version: PolicyVersion) -> Slot:
         """Give a prompt a slot. Raises `LedgerError` when there is no room."""

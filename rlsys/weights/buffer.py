@@ -13,18 +13,20 @@ from rlsys.versions import PolicyVersion, WeightManifest
 from rlsys.weights.layout import plan_layout
 
 Bytes = npt.NDArray[np.uint8]
+"""A version's bytes, one-dimensional and contiguous."""
 
 
-def checksum(buffer: Bytes | memoryview) -> str:
+def checksum(buffer: Bytes) -> str:
     """XXH3-64 of the whole buffer, in hexadecimal."""
-    return xxhash.xxh3_64_hexdigest(buffer)
+    return xxhash.xxh3_64_hexdigest(buffer.data)
 
 
-def verify(manifest: WeightManifest, buffer: Bytes | memoryview) -> None:
+def verify(manifest: WeightManifest, buffer: Bytes) -> None:
     """Raise `ChecksumMismatch` unless `buffer` is exactly what `manifest` describes."""
-    size = memoryview(buffer).nbytes
-    if size != manifest.nbytes:
-        raise ChecksumMismatch(f"version {manifest.version}: {size} bytes arrived, {manifest.nbytes} were sent")
+    if buffer.nbytes != manifest.nbytes:
+        raise ChecksumMismatch(
+            f"version {manifest.version}: {buffer.nbytes} bytes arrived, {manifest.nbytes} were sent"
+        )
     found = checksum(buffer)
     if found != manifest.checksum:
         raise ChecksumMismatch(f"version {manifest.version}: checksum {found} arrived, {manifest.checksum} was sent")
@@ -51,7 +53,5 @@ class WeightPacker:
         if missing:
             raise WeightSyncError(f"parameters missing from version {version}: {', '.join(sorted(missing)[:3])}")
         buffer = self._buffer.numpy()
-        manifest = WeightManifest(
-            version=version, layout=self.layout, nbytes=self.nbytes, checksum=checksum(buffer)
-        )
+        manifest = WeightManifest(version=version, layout=self.layout, nbytes=self.nbytes, checksum=checksum(buffer))
         return manifest, buffer

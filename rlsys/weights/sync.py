@@ -66,7 +66,9 @@ class WeightSync:
                 async with asyncio.timeout(self._timeout_s):
                     await self._changed.wait_for(lambda: self._served(version) or not self._senders)
             except TimeoutError:
-                raise WeightSyncError(f"no worker served version {version} within {self._timeout_s:g} s{self._why(version)}") from None
+                raise WeightSyncError(
+                    f"no worker served version {version} within {self._timeout_s:g} s{self._why(version)}"
+                ) from None
 
     async def add(self, name: str, worker: Applier) -> None:
         """A worker joins; it is brought to the current version first."""
@@ -87,19 +89,22 @@ class WeightSync:
             return self._acks[cursor:]
 
     async def _send(self, name: str, worker: Applier) -> None:
-        served: PolicyVersion | None = None
+        tried: PolicyVersion | None = None  # a refused version is not tried again: the next one replaces it
         while True:
-            async with self._changed:
-                await self._changed.wait_for(
-                    lambda: self._ticket is not None and (served is None or self._ticket.manifest.version > served)
-                )
-                ticket = self._ticket
-            assert ticket is not None
+            ticket = await self._newer_than(tried)
             ack = await self._deliver(name, worker, ticket)
-            served = ticket.manifest.version  # a refused version is not tried again: the next one replaces it
+            tried = ticket.manifest.version
             async with self._changed:
                 self._acks.append(ack)
                 self._changed.notify_all()
+
+    async def _newer_than(self, version: PolicyVersion | None) -> WeightTicket:
+        async with self._changed:
+            await self._changed.wait_for(
+                lambda: self._ticket is not None and (version is None or self._ticket.manifest.version > version)
+            )
+            assert self._ticket is not None
+            return self._ticket
 
     async def _deliver(self, name: str, worker: Applier, ticket: WeightTicket) -> Ack:
         version, start, error = ticket.manifest.version, time.perf_counter(), ""

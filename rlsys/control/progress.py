@@ -1,0 +1,70 @@
+"""Where a run stands, and the rates between two of its steps."""
+
+import time
+from dataclasses import dataclass, field
+
+from rlsys.control.evaluation import Evaluation
+from rlsys.control.ports import FleetStats
+from rlsys.records import LearnerStep
+from rlsys.scheduling.ledger import Ledger
+from rlsys.versions import PolicyVersion
+from rlsys.weights.sync import Ack
+
+
+@dataclass(slots=True)
+class Progress:
+    """What `status` shows while the loop runs."""
+
+    version: PolicyVersion = 0
+    published_version: PolicyVersion = -1
+    metrics: dict[str, float | None] = field(default_factory=dict)
+    acks: dict[str, Ack] = field(default_factory=dict)
+    evaluations: dict[PolicyVersion, Evaluation] = field(default_factory=dict)
+
+
+class StepClock:
+    """Rates between two learner steps."""
+
+    def __init__(self) -> None:
+        self._step_end = self._fleet_end = self._wait_start = time.perf_counter()
+        self._idle = 0.0
+        self._fleet = FleetStats(generated_tokens=0, busy_s=0.0, paused_s=0.0, workers=0)
+
+    def waiting(self) -> None:
+        """The learner asks for a batch."""
+        self._wait_start = time.perf_counter()
+
+    def learning(self) -> None:
+        """It got one."""
+        self._idle = time.perf_counter() - self._wait_start
+
+    def step(self, step: LearnerStep) -> dict[str, float | None]:
+        """Since the previous learner step: its length, the learner's wait for a batch, trained tokens per second."""
+        now = time.perf_counter()
+        elapsed, self._step_end = now - self._step_end, now
+        return {
+            "throughput/step_s": elapsed,
+            "throughput/learner_idle_s": self._idle,
+            "throughput/learner_s": step.seconds,
+            "throughput/trained_tokens_per_s": step.trained_tokens / elapsed,
+        }
+
+    def fleet(self, stats: FleetStats) -> dict[str, float | None]:
+        """Since the previous call: generated tokens per second, share of time not decoding, seconds paused."""
+        now = time.perf_counter()
+        elapsed, self._fleet_end = now - self._fleet_end, now
+        previous, self._fleet = self._fleet, stats
+        busy = (stats.busy_s - previous.busy_s) / (elapsed * max(1, stats.workers))
+        return {
+            "throughput/generated_tokens_per_s": (stats.generated_tokens - previous.generated_tokens) / elapsed,
+            "throughput/rollout_idle_fraction": min(1.0, max(0.0, 1 - busy)),
+            "weight_sync/pause_s": stats.paused_s - previous.paused_s,
+        }
+
+
+def ledger_metrics(ledger: Ledger) -> dict[str, int]:
+    """Groups by state, and ended ones by outcome."""
+    counts = ledger.counts()
+    rejected = sum(count for name, count in counts.items() if str(name).startswith(("rejected", "failed")))
+    names = ("waiting", "in_flight", "finished", "trained", "lost", "admitted")
+    return {**{name: counts[name] for name in names}, "rejected": rejected}
