@@ -15,7 +15,7 @@ from torch import Tensor
 from rlsys.algo.staleness import Staleness, token_staleness
 from rlsys.errors import StalenessViolation
 from rlsys.learning.packing import Int64Array, Sequences
-from rlsys.records import BoolArray, FloatArray, Rollout, ScoredGroup
+from rlsys.records import FloatArray, Rollout, ScoredGroup
 from rlsys.versions import PolicyVersion
 
 
@@ -67,24 +67,6 @@ class FlatBatch:
                 f"and reached learner version {learner_version}"
             )
         return ages
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class BatchArrays:
-    """What a step knew of every response token, for the records; arrays in the batch's flat order.
-
-    Tokens of response i (groups in order, rollouts in order) are `offsets[i]:offsets[i + 1]`: the layout of an
-    Arrow list column. `policy_logprobs` are log π_θ when the token's gradient was taken, `step_start_logprobs`
-    log π_V; `masked` is what the correction dropped. `advantages` [G].
-    """
-
-    offsets: Int64Array
-    policy_logprobs: FloatArray
-    step_start_logprobs: FloatArray
-    reference_logprobs: FloatArray | None
-    clipped: BoolArray
-    masked: BoolArray
-    advantages: FloatArray
 
 
 def flatten(groups: Sequence[ScoredGroup], reference_logprobs: Sequence[FloatArray] | None) -> FlatBatch:

@@ -13,36 +13,34 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
-import torch
 from torch import Tensor
 
 from rlsys.algo.advantages import AdvantageOutput, compute_advantages
-from rlsys.algo.batch import BatchTotals, TokenBatch
-from rlsys.algo.corrections import Correction
 from rlsys.algo.divergence import KL_SCHEDULES, kl_rewards
 from rlsys.config.schema import AdvantageConfig, KLConfig, LearnerConfig, ModelConfig, ObjectiveConfig
 from rlsys.errors import CheckpointError, ConfigError, NonFiniteError
-from rlsys.learning.batch import BatchArrays, FlatBatch, flatten
+from rlsys.learning.batch import FlatBatch, flatten
+from rlsys.learning.gradient import MiniBatch, StepInputs, accumulate, divide, score
 from rlsys.learning.metrics import Metrics, TokenResults, finite, step_metrics
 from rlsys.learning.optimizer import Optimizer, learning_rate
-from rlsys.learning.packing import Packed, Packing, pack
 from rlsys.learning.policy import Policy, load_policy
 from rlsys.learning.surrogate import Surrogate
-from rlsys.records import FloatArray, LearnerStep, ScoredGroup
+from rlsys.records import BatchArrays, FloatArray, LearnerStep, ScoredGroup
 from rlsys.versions import PolicyVersion
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LearnerUpdate:
-    """What `update` returns: the step for the controller, the arrays for the recorder, how well packing worked."""
+    """What `update` returns: the step for the controller, the arrays for the recorder, how well packing worked.
+
+    `fill` is the share of computed columns that held a token; `sharing` the prompt and response tokens of the
+    batch for every token computed.
+    """
 
     step: LearnerStep
     arrays: BatchArrays
     fill: float
-    """Share of computed columns that held a token."""
     sharing: float
-    """Prompt and response tokens standing in the batch per token computed."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,14 +52,6 @@ class LearnerState:
     kl_coef: float
     refused: int
     tensors: Mapping[str, Tensor] = field(repr=False)
-
-
-@dataclass(frozen=True, slots=True)
-class _Pass:
-    """One mini-batch: its micro-batches and the normalisers of the whole."""
-
-    packing: Packing
-    totals: BatchTotals
 
 
 class Learner:
@@ -82,7 +72,10 @@ class Learner:
         seed: int = 0,
         device: str = "cpu",
     ) -> None:
-        """`temperature` is the sampling temperature; `max_new_tokens` is the L of the `constant` reduction."""
+        """Load the policy in `path`. `max_new_tokens` is the L of the `constant` reduction.
+
+        `temperature` is the sampling temperature, so that both sides mean the same distribution.
+        """
         self.policy: Policy = load_policy(
             path, model.dtype, device=device, gradient_checkpointing=learner.gradient_checkpointing
         )
@@ -113,33 +106,33 @@ class Learner:
             raise ValueError("the batch has no trained token: every response is empty or masked")
         if self._kl_coef > 0 and batch.reference_logprobs is None:
             raise ConfigError(f"kl.coef={self._kl_coef} needs reference log-probabilities with every batch")
-        passes = self._passes(batch)
-        start = self._step_start(batch, passes)
-        advantages = self._advantages(batch, start)
-        results, norms = self._train(batch, passes, start, advantages.advantages)
+        minis = divide(batch, self._config, max_tokens=self._max_tokens, seed=self._seed, version=self._version)
+        start = self._step_start(batch, minis)
+        advantage = self._advantages(batch, start)
         lr, kl_coef = learning_rate(self._config, self._version), self._kl_coef
+        results, norms, loss = self._train(batch, minis, start, advantage.advantages, lr)
+        fed, padded, sequence_tokens = (
+            sum(getattr(mini.packing, name) for mini in minis)
+            for name in ("fed_tokens", "padded_tokens", "sequence_tokens")
+        )
         metrics: Metrics = {
-            **step_metrics(
-                batch, results, staleness, advantages.advantages, (advantages.zero_variance_groups, advantages.groups)
-            ),
+            **step_metrics(batch, results, staleness, advantage, self._surrogate.truncation_cap),
             "kl/coef": kl_coef,
             "policy/grad_norm": sum(norms) / len(norms),
+            "policy/loss": loss,
             "policy/lr": lr,
+            "policy/packing_fill": fed / padded,
         }
-        applied = self._settle(all(map(math.isfinite, norms)), batch, metrics)
+        applied = self._settle(all(map(math.isfinite, norms)), metrics, batch.responses)
         step = LearnerStep(
             version=self._version,
             applied=applied,
             metrics=finite(metrics),
-            trained_tokens=batch.trained_tokens,
+            trained_tokens=sequence_tokens,
             seconds=time.perf_counter() - started,
         )
-        return LearnerUpdate(
-            step=step,
-            arrays=_arrays(batch, results, advantages.advantages),
-            fill=sum(p.packing.fed_tokens for p in passes) / sum(p.packing.padded_tokens for p in passes),
-            sharing=sum(p.packing.sequence_tokens for p in passes) / sum(p.packing.fed_tokens for p in passes),
-        )
+        arrays = _arrays(batch, results, advantage.advantages)
+        return LearnerUpdate(step=step, arrays=arrays, fill=fed / padded, sharing=sequence_tokens / fed)
 
     def state(self) -> LearnerState:
         """What `load_state` needs beside the parameters; the tensors are the optimizer's own."""
@@ -166,50 +159,17 @@ class Learner:
         """Names left out of `named_tensors` and the name whose tensor each shares."""
         return self.policy.tied_names()
 
-    def _passes(self, batch: FlatBatch) -> list[_Pass]:
-        """`updates_per_batch` mini-batches of whole groups (order drawn from seed and version), packed."""
-        parts = [np.arange(batch.responses)]
-        if self._config.updates_per_batch > 1:
-            order = np.random.default_rng((self._seed, self._version)).permutation(len(batch.sequences.prompts))
-            owner = batch.group_index.numpy()
-            chosen = np.array_split(order, self._config.updates_per_batch)
-            parts = [np.flatnonzero(np.isin(owner, groups)) for groups in chosen]
-        passes = []
-        lengths = torch.bincount(batch.response_index[batch.loss_mask], minlength=batch.responses)
-        for members in parts:
-            totals = BatchTotals(
-                tokens=int(lengths[members].sum()),
-                responses=int((lengths[members] > 0).sum()),
-                max_tokens=self._max_tokens,
-            )
-            packing = pack(
-                batch.sequences,
-                row_tokens=self._config.row_tokens,
-                micro_batch_tokens=self._config.micro_batch_tokens,
-                members=members,
-            )
-            if totals.tokens:
-                passes.append(_Pass(packing, totals))
-        return passes
-
-    def _step_start(self, batch: FlatBatch, passes: Sequence[_Pass]) -> Tensor | None:
+    def _step_start(self, batch: FlatBatch, minis: Sequence[MiniBatch]) -> Tensor | None:
         """log π_V of all tokens, [N], by a pass of its own; None when nothing needs it in advance.
 
         In a single update log π_V is log π_θ detached, and but for `m2` a correction needs one response only.
         """
-        needs = (
-            len(passes) > 1
-            or (self._surrogate.correction_needs_batch and len(passes[0].packing.micro_batches) > 1)
+        needed = (
+            len(minis) > 1
+            or (self._surrogate.correction_needs_batch and len(minis[0].packing.micro_batches) > 1)
             or (self._kl.placement == "reward" and self._kl_coef > 0)
         )
-        if not needs:
-            return None
-        start = torch.zeros(len(batch.response_index), device=self.policy.device)
-        with torch.no_grad():
-            for micro in (m for p in passes for m in p.packing.micro_batches):
-                micro = micro.to(self.policy.device)
-                start[micro.token_index] = self.policy.token_logprobs(micro, self._temperature).logprobs
-        return start
+        return score(self.policy, minis, len(batch.response_index), self._temperature) if needed else None
 
     def _advantages(self, batch: FlatBatch, start: Tensor | None) -> AdvantageOutput:
         """One advantage per response, [G], from rewards with the KL term where it is placed there.
@@ -232,66 +192,33 @@ class Learner:
         return compute_advantages(name, rewards, batch.group_index)
 
     def _train(
-        self, batch: FlatBatch, passes: Sequence[_Pass], start: Tensor | None, advantages: Tensor
-    ) -> tuple[TokenResults, list[float]]:
-        """Gradients and optimizer steps; all undone when any is not finite. Returns the gradient norms."""
-        batch = batch.to(self.policy.device)
-        advantages = advantages.to(self.policy.device)[batch.response_index]
-        results = TokenResults.empty(len(batch.response_index), self.policy.device)
-        correction = None if start is None else self._surrogate.correction_of_batch(batch, start)
-        backup = self._optimizer.snapshot() if len(passes) > 1 else None
-        lr = learning_rate(self._config, self._version)
-        norms: list[float] = []
-        for mini in passes:
-            loss = torch.zeros((), device=self.policy.device)
-            for micro in mini.packing.micro_batches:
-                loss += self._accumulate(batch, micro, mini.totals, start, correction, advantages, results)
-            finite_loss = math.isfinite(float(loss))
-            norms.append(self._optimizer.step(lr) if finite_loss else math.nan)
+        self, batch: FlatBatch, minis: Sequence[MiniBatch], start: Tensor | None, advantages: Tensor, lr: float
+    ) -> tuple[TokenResults, list[float], float]:
+        """One optimizer step per mini-batch; all undone when any is not finite. Returns norms and mean loss too."""
+        device = self.policy.device
+        on_device = batch.to(device)
+        inputs = StepInputs(
+            batch=on_device,
+            advantages=advantages.to(device)[on_device.response_index],
+            step_start_logprobs=start,
+            correction=None if start is None else self._surrogate.correction_of_batch(on_device, start),
+            kl_coef=self._kl_coef,
+        )
+        results = TokenResults.empty(len(batch.response_index), device)
+        backup = self._optimizer.snapshot() if len(minis) > 1 else None
+        norms, losses = [], []
+        for mini in minis:
+            loss = accumulate(self.policy, self._optimizer, self._surrogate, inputs, mini, results, self._temperature)
+            losses.append(float(loss))
+            norms.append(self._optimizer.step(lr) if math.isfinite(losses[-1]) else math.nan)
             if not math.isfinite(norms[-1]):
                 self._optimizer.discard()
                 if backup is not None:
                     self._optimizer.restore(backup)
                 break
-        return results.cpu(), norms
+        return results.cpu(), norms, sum(losses) / len(losses)
 
-    def _accumulate(
-        self,
-        batch: FlatBatch,
-        micro: Packed,
-        totals: BatchTotals,
-        start: Tensor | None,
-        correction: Correction | None,
-        advantages: Tensor,
-        results: TokenResults,
-    ) -> Tensor:
-        """Forward, loss and backward of one micro-batch, noted in `results`. Returns its share of the loss."""
-        micro = micro.to(self.policy.device)
-        index = micro.token_index
-        output = self.policy.token_logprobs(micro, self._temperature, with_entropy=True)
-        assert output.entropy is not None
-        tokens = TokenBatch(
-            policy_logprobs=output.logprobs,
-            behavior_logprobs=batch.behavior_logprobs[index],
-            step_start_logprobs=output.logprobs.detach() if start is None else start[index],
-            advantages=advantages[index],
-            loss_mask=batch.loss_mask[index],
-            response_index=micro.response_index,
-            responses=len(micro.responses),
-            reference_logprobs=None if batch.reference_logprobs is None else batch.reference_logprobs[index],
-        )
-        fixed = self._surrogate.correction(tokens) if correction is None else correction.take(index)
-        loss = self._surrogate.loss(tokens, totals, fixed, self._kl_coef)
-        torch.autograd.backward(loss.loss)
-        self._optimizer.collect()
-        results.policy_logprobs[index] = tokens.policy_logprobs.detach()
-        results.step_start_logprobs[index] = tokens.step_start_logprobs
-        results.entropy[index] = output.entropy
-        results.clipped[index], results.outside[index] = loss.clipped, loss.outside
-        results.masked[index] = ~fixed.keep & tokens.loss_mask
-        return loss.loss.detach()
-
-    def _settle(self, applied: bool, batch: FlatBatch, metrics: Metrics) -> bool:
+    def _settle(self, applied: bool, metrics: Metrics, responses: int) -> bool:
         """Count the batch as applied, or as refused and, at the limit, give up. Returns `applied`."""
         if not applied:
             self._refused += 1
@@ -304,11 +231,9 @@ class Learner:
             return False
         self._refused = 0
         self._version += 1
-        sequence_kl = metrics["kl/sequence_mean"]
-        if self._kl_coef > 0 and sequence_kl is not None:
-            self._kl_coef = next_kl_coef(
-                self._kl, self._kl_coef, self._version, self._config.steps, sequence_kl, batch.responses
-            )
+        kl = metrics["kl/sequence_mean"]
+        if self._kl_coef > 0 and kl is not None:
+            self._kl_coef = next_kl_coef(self._kl, self._kl_coef, self._version, self._config.steps, kl, responses)
         return True
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
+from rlsys.algo.advantages import AdvantageOutput
 from rlsys.algo.diagnostics import flag_fractions, weight_diagnostics
 from rlsys.algo.importance import segment_sum
 from rlsys.algo.staleness import Staleness
@@ -20,7 +21,7 @@ PASSED = 1.0 - 1e-6
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenResults:
-    """What the forward passes of a step left for every token, [N].
+    """What the forward passes of a step left for every token, [N]; `clamped` is a count, scalar.
 
     `policy_logprobs` and `entropy` as of the token's gradient; `step_start_logprobs` under π_V.
     """
@@ -31,13 +32,23 @@ class TokenResults:
     clipped: Tensor
     outside: Tensor
     masked: Tensor
+    truncated: Tensor
+    clamped: Tensor
 
     @classmethod
     def empty(cls, tokens: int, device: torch.device) -> "TokenResults":
         """Zeros to be filled micro-batch by micro-batch."""
-        numbers = [torch.zeros(tokens, device=device) for _ in range(3)]
-        flags = [torch.zeros(tokens, dtype=torch.bool, device=device) for _ in range(3)]
-        return cls(**dict(zip((f.name for f in fields(cls)), numbers + flags, strict=True)))
+        numbers = ("policy_logprobs", "step_start_logprobs", "entropy")
+        flags = ("clipped", "outside", "masked", "truncated")
+        tensors = {name: torch.zeros(tokens, device=device) for name in numbers}
+        tensors |= {name: torch.zeros(tokens, dtype=torch.bool, device=device) for name in flags}
+        return cls(**tensors, clamped=torch.zeros((), device=device))
+
+    def note(self, index: Tensor, *, clamped: Tensor, **values: Tensor) -> None:
+        """Enter what a micro-batch showed of the tokens `index`, [n] each."""
+        for name, value in values.items():
+            getattr(self, name)[index] = value
+        self.clamped.add_(clamped)
 
     def cpu(self) -> "TokenResults":
         """The same results on the CPU."""
@@ -45,11 +56,12 @@ class TokenResults:
 
 
 def step_metrics(
-    batch: FlatBatch, results: TokenResults, staleness: Staleness, advantages: Tensor, zero_variance: tuple[int, int]
+    batch: FlatBatch, results: TokenResults, staleness: Staleness, advantage: AdvantageOutput, cap: float | None
 ) -> Metrics:
-    """All but the optimizer's own numbers. advantages: [G]; zero_variance: (groups without variance, groups)."""
-    mask = batch.loss_mask
-    trained = segment_sum(mask.long(), batch.response_index, batch.responses) > 0
+    """All but the optimizer's own numbers. cap: where the correction truncates weights, or None."""
+    mask, advantages = batch.loss_mask, advantage.advantages
+    lengths = segment_sum(mask.long(), batch.response_index, batch.responses)
+    trained = lengths > 0
     return {
         **reward_metrics(batch.rewards),
         **staleness_metrics(staleness, mask),
@@ -59,18 +71,26 @@ def step_metrics(
             batch.response_index,
             batch.responses,
             staleness.total,
+            cap=cap,
         ),
         **flag_fractions(
-            {"clip_fraction": results.clipped, "outside_fraction": results.outside, "masked_fraction": results.masked},
+            {
+                "clip_fraction": results.clipped,
+                "outside_fraction": results.outside,
+                "masked_fraction": results.masked,
+                "truncated_fraction": results.truncated,
+            },
             advantages=advantages[batch.response_index],
             loss_mask=mask,
             staleness=staleness.total,
         ),
+        "importance/clamped_fraction": float(results.clamped) / max(int(lengths.sum()), 1),
         **reference_metrics(batch, results.policy_logprobs, trained),
         "advantage/mean": _mean(advantages[trained]),
         "advantage/std": _std(advantages[trained]),
-        "advantage/zero_variance_fraction": zero_variance[0] / zero_variance[1] if zero_variance[1] else None,
+        "advantage/zero_variance_fraction": advantage.zero_variance_groups / max(advantage.groups, 1),
         "policy/entropy": _mean(results.entropy[mask]),
+        "policy/response_tokens": _mean(lengths),
     }
 
 

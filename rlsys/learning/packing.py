@@ -158,44 +158,36 @@ def _by_prompt(sequences: Sequences, chosen: Iterable[int]) -> list[list[int]]:
 def _trees(sequences: Sequences, group: list[int], capacity: int) -> list[_Tree]:
     """Tries over runs of one prompt's sorted responses, cut where a tree would outgrow `capacity` columns."""
     trees: list[_Tree] = []
-    run: list[int] = []
-    size = 0
+    prompt = np.asarray(sequences.prompts[sequences.prompt_of[group[0]]], dtype=np.int64)
+    run: list[tuple[int, int]] = []
+    size = len(prompt)
+    fed: IntArray = np.empty(0, dtype=np.int32)
     for response in group:
-        tokens = sequences.responses[response]
-        prompt_length = len(sequences.prompts[sequences.prompt_of[response]])
-        added = len(tokens) - 1
-        if run:
-            added -= _common_prefix(tokens[:-1], sequences.responses[run[-1]][:-1])
-        if run and size + added > capacity:
-            trees.append(_tree(sequences, run))
-            run = []
-        if not run:
-            size, added = 0, prompt_length + len(tokens) - 1
-        run.append(response)
-        size += added
-    if run:
-        trees.append(_tree(sequences, run))
+        previous, fed = fed, sequences.responses[response][:-1]
+        shared = _common_prefix(previous, fed)
+        if run and size + len(fed) - shared > capacity:
+            trees.append(_tree(sequences, prompt, run))
+            run, size, shared = [], len(prompt), 0
+        run.append((response, shared))
+        size += len(fed) - shared
+    trees.append(_tree(sequences, prompt, run))
     return trees
 
 
-def _tree(sequences: Sequences, run: list[int]) -> _Tree:
-    """The trie of `run` (sorted responses to one prompt) in depth-first order.
+def _tree(sequences: Sequences, prompt: Int64Array, run: list[tuple[int, int]]) -> _Tree:
+    """The trie in depth-first order of `run`: sorted responses, each with the tokens it shares with the one before.
 
     `path` holds the columns from the root to the current leaf; a column's subtree ends where the next
     response leaves the path above it.
     """
-    prompt = np.asarray(sequences.prompts[sequences.prompt_of[run[0]]], dtype=np.int64)
-    most = len(prompt) + sum(len(sequences.responses[response]) for response in run)
+    most = len(prompt) + sum(len(sequences.responses[response]) for response, _ in run)
     ids, depths, ends = np.zeros((3, most), dtype=np.int64)
     columns = len(prompt)
     ids[:columns], depths[:columns] = prompt, np.arange(columns)
     path = np.arange(columns)
     predictors = []
-    fed: IntArray = np.empty(0, dtype=np.int32)
-    for response in run:
-        tokens = sequences.responses[response][:-1]
-        shared = _common_prefix(tokens, fed)
-        fed = tokens
+    for response, shared in run:
+        fed = sequences.responses[response][:-1]
         depth, new = len(prompt) + shared, len(fed) - shared
         ends[path[depth:]] = columns
         path = np.concatenate([path[:depth], np.arange(columns, columns + new)])
@@ -204,13 +196,17 @@ def _tree(sequences: Sequences, run: list[int]) -> _Tree:
         columns += new
         predictors.append(path[len(prompt) - 1 :])
     ends[path] = columns
-    return _Tree(ids[:columns], depths[:columns], ends[:columns], tuple(run), tuple(predictors))
+    responses = tuple(response for response, _ in run)
+    return _Tree(ids[:columns], depths[:columns], ends[:columns], responses, tuple(predictors))
 
 
 def _common_prefix(left: IntArray, right: IntArray) -> int:
     shorter = min(len(left), len(right))
-    differs = np.flatnonzero(left[:shorter] != right[:shorter])
-    return int(differs[0]) if len(differs) else shorter
+    if not shorter:
+        return 0
+    differs = left[:shorter] != right[:shorter]
+    first = int(differs.argmax())
+    return first if differs[first] else shorter
 
 
 def _first_fit_decreasing(trees: list[_Tree], capacity: int) -> list[list[_Tree]]:

@@ -23,10 +23,10 @@ LOGIT_ELEMENTS = 1 << 24
 
 
 class TokenOutput(NamedTuple):
-    """log π of each response token [N], float32 with gradient, and the entropy [N] before it (or None). Nats."""
+    """log π of each response token [N], float32 with gradient; entropy [N] before it ([0] if not asked for). Nats."""
 
     logprobs: Tensor
-    entropy: Tensor | None
+    entropy: Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +45,11 @@ class Policy:
         """Where the parameters are."""
         return next(self.model.parameters()).device
 
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the embedding (may exceed the tokenizer's size)."""
+        return int(self.model.config.get_text_config().vocab_size)
+
     def token_logprobs(self, packed: Packed, temperature: float, *, with_entropy: bool = False) -> TokenOutput:
         """log π(y_t | s_t) after temperature for all N response tokens of a micro-batch, in its token order."""
         packed = packed.to(self.device)
@@ -56,7 +61,7 @@ class Policy:
         }
         if not self.direct_head:
             logits = self.model(**inputs).logits.flatten(0, 1)[packed.predictors]
-            measured = entropy(logits, temperature) if with_entropy else None
+            measured = entropy(logits, temperature) if with_entropy else logits.new_empty(0)
             return TokenOutput(token_logprobs(logits, packed.token_ids, temperature), measured)
         states = self.model.base_model(**inputs).last_hidden_state
         states = states.flatten(0, 1).index_select(0, packed.predictors)
@@ -71,7 +76,7 @@ class Policy:
             measured = entropy(logits, temperature) if with_entropy else logits.new_empty(0)
             return token_logprobs(logits, ids, temperature), measured
 
-        size = max(1, LOGIT_ELEMENTS // self.model.config.get_text_config().vocab_size)
+        size = max(1, LOGIT_ELEMENTS // self.vocab_size)
         if len(token_ids) <= size:
             logprobs, measured = chunk(states, token_ids)
         else:
@@ -80,7 +85,7 @@ class Policy:
                 for part, ids in zip(torch.split(states, size), torch.split(token_ids, size), strict=True)
             ]
             logprobs, measured = (torch.cat(column) for column in zip(*parts, strict=True))
-        return TokenOutput(logprobs, measured if with_entropy else None)
+        return TokenOutput(logprobs, measured)
 
     def named_tensors(self) -> Iterator[tuple[str, Tensor]]:
         """(Hugging Face name, tensor) of every parameter and saved buffer; tied ones once, under their first name."""

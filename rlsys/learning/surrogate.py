@@ -5,7 +5,7 @@ from dataclasses import replace
 from torch import Tensor
 
 from rlsys.algo.batch import BatchTotals, LossOutput, TokenBatch
-from rlsys.algo.corrections import Correction, compute_correction
+from rlsys.algo.corrections import CORRECTION_OPTIONS, Correction, compute_correction
 from rlsys.algo.divergence import kl_loss
 from rlsys.algo.objectives import policy_loss
 from rlsys.config.schema import KLConfig, ObjectiveConfig
@@ -26,6 +26,14 @@ class Surrogate:
     def correction_needs_batch(self) -> bool:
         """Whether the correction depends on tokens of other responses, and so on log π_V of the whole batch."""
         return self._objective.correction.name == "m2"
+
+    @property
+    def truncation_cap(self) -> float | None:
+        """Where the correction truncates weights; None for one that does not."""
+        correction = self._objective.correction
+        if correction.name != "tis":
+            return None
+        return CORRECTION_OPTIONS["tis"]["cap"] if correction.cap is None else correction.cap
 
     def correction(self, tokens: TokenBatch) -> Correction:
         """The correction of these tokens from π_V/μ; of a micro-batch only where it is a matter of one response."""
