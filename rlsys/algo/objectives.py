@@ -98,7 +98,7 @@ def policy_loss(
     denominator = tokens.step_start_logprobs if over_start else tokens.behavior_logprobs
     term = OBJECTIVES[objective](tokens, tokens.policy_logprobs - denominator, **chosen)
 
-    mask, keep, weight = tokens.loss_mask, correction.keep, correction.weight.detach()
+    mask, keep, weight = tokens.loss_mask, correction.keep, correction.weight
     clipped, outside = term.clipped & mask & keep, term.outside & mask
     counted = {
         "tokens": mask,

@@ -55,7 +55,8 @@ def test_weight_diagnostics_equal_the_hand_computed() -> None:
 
 
 def test_a_response_falls_into_the_bucket_of_its_oldest_token_and_empty_buckets_are_none() -> None:
-    found = weight_diagnostics(WEIGHTS.log(), MASK, INDEX, 2, torch.tensor([0, 2, 9, 7]))
+    responses = 3  # the third has no trained token and belongs to no bucket
+    found = weight_diagnostics(WEIGHTS.log(), MASK, INDEX, responses, torch.tensor([0, 2, 9, 7]))
     by_bucket = {
         name: [found[f"importance/{name}/by_staleness/{bucket}"] for bucket in ("0", "1", "2", "3", "4+")]
         for name in ("mean_weight_token", "mean_weight_sequence", "ess_token")

@@ -76,6 +76,19 @@ def test_gspo_clips_a_whole_response_by_the_sign_of_its_advantage() -> None:
     assert out.loss.item() == pytest.approx(-2 * 1.0004 / 4)
 
 
+def test_an_advantage_of_zero_is_outside_but_never_clipped() -> None:
+    out = policy_loss(batch(advantages=(0.0, 0.0)), TOTALS, objective="ppo_clip", reduce="token_mean")
+    assert not out.clipped.any()
+    assert out.outside.tolist() == [True, True, False, False, True]
+
+
+def test_a_token_the_correction_dropped_is_outside_but_not_clipped() -> None:
+    dropped = replace(no_correction(RATIO), keep=torch.tensor([False, True, True, True, True]))
+    out = policy_loss(batch(), TOTALS, objective="ppo_clip", reduce="token_mean", correction=dropped)
+    assert not out.clipped.any()
+    assert out.outside.tolist() == [True, True, False, False, True]
+
+
 def test_decoupled_ppo_weighs_the_clipped_term_by_proximal_over_behavior() -> None:
     """u = (1.5, .5, 1.1, 1.5) and π_prox/μ = (4/3, 1, 1, 1): only the first token changes, 1.2 -> 1.6."""
     tokens = batch()
