@@ -1,17 +1,18 @@
 """Every error rlsys raises on purpose.
 
-    RlsysError
-    ├── ConfigError            a field, its value, and what is allowed (before anything starts)
-    ├── DataError              a dataset row or file that cannot be used
-    ├── EngineError            the inference engine refused or failed
-    ├── RewardError            a reward function raised, hung, or returned something unusable
-    ├── StalenessViolation     a token older than `staleness.max` reached the learner
-    ├── NonFiniteError         too many learner steps in a row with a NaN or infinite loss or gradient
-    ├── WeightSyncError        a version could not be published, fetched, verified or applied
-    │   └── ChecksumMismatch   the bytes that arrived are not the bytes that were sent
-    ├── LedgerError            a slot was moved in a way that would lose or repeat a sample
-    ├── CheckpointError        a checkpoint is missing, partial, or belongs to another run
-    └── ClusterError           the Ray cluster is unreachable, too small, or refused us
+RlsysError
+├── ConfigError            a field, its value, and what is allowed (before anything starts)
+├── DataError              a dataset row or file that cannot be used
+├── EngineError            the inference engine failed
+│   └── PromptRefused      it can never sample this prompt; others are not touched
+├── RewardError            a reward function raised, hung, or returned something unusable
+├── StalenessViolation     a token older than `staleness.max` reached the learner
+├── NonFiniteError         too many learner steps in a row with a NaN or infinite loss or gradient
+├── WeightSyncError        a version could not be published, fetched, verified or applied
+│   └── ChecksumMismatch   the bytes that arrived are not the bytes that were sent
+├── LedgerError            a slot was moved in a way that would lose or repeat a sample
+├── CheckpointError        a checkpoint is missing, partial, or belongs to another run
+└── ClusterError           the Ray cluster is unreachable, too small, or refused us
 """
 
 
@@ -28,7 +29,11 @@ class DataError(RlsysError, ValueError):
 
 
 class EngineError(RlsysError, RuntimeError):
-    """The inference engine refused a request or failed while serving it."""
+    """The inference engine failed while serving a request, or has stopped."""
+
+
+class PromptRefused(EngineError):
+    """The engine can never sample this prompt; others are not touched."""
 
 
 class RewardError(RlsysError, RuntimeError):

@@ -15,12 +15,14 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from itertools import count
+from typing import Any, TypeVar
 
 from rlsys.engines.protocol import ApplyReport, Buffer, Engine, Sampled, Sampling
-from rlsys.errors import EngineError
+from rlsys.errors import EngineError, PromptRefused
 from rlsys.versions import PolicyVersion, WeightManifest
 
-Command = Callable[[], None]
+T = TypeVar("T")
+Command = tuple[Future[Any], Callable[[], None]]
 
 
 class EngineDriver:
@@ -30,7 +32,10 @@ class EngineDriver:
         self._engine = engine
         self._inbox: queue.SimpleQueue[Command | None] = queue.SimpleQueue()
         self._pending: dict[str, Future[list[Sampled]]] = {}
+        self._unresolved: set[Future[Any]] = set()
         self._keys = count()
+        self._lock = threading.Lock()
+        self._ended = False
         self._failure: BaseException | None = None
         self._version = engine.serving_version
         self.generated_tokens = 0
@@ -50,8 +55,7 @@ class EngineDriver:
         return len(self._pending)
 
     async def generate(self, prompt_ids: tuple[int, ...], samples: int, sampling: Sampling) -> list[Sampled]:
-        """All responses to one prompt. Raises `EngineError` when the engine refuses it or has failed."""
-        self._require_alive()
+        """All responses to one prompt. Raises `PromptRefused`, or `EngineError` when the engine has stopped."""
         future: Future[list[Sampled]] = Future()
         key = str(next(self._keys))
 
@@ -59,16 +63,14 @@ class EngineDriver:
             try:
                 self._engine.add(key, prompt_ids, samples, sampling)
             except EngineError as error:
-                future.set_exception(error)
+                future.set_exception(PromptRefused(str(error)))
             else:
                 self._pending[key] = future
 
-        self._inbox.put(submit)
-        return await asyncio.wrap_future(future)
+        return await self._call(future, submit)
 
     async def apply(self, manifest: WeightManifest, buffer: Buffer) -> ApplyReport:
         """Serve a new version after the decode step that runs now. Raises what the engine raises."""
-        self._require_alive()
         future: Future[ApplyReport] = Future()
 
         def swap() -> None:
@@ -83,8 +85,7 @@ class EngineDriver:
             self.paused_s += pause
             future.set_result(ApplyReport(version=self._version, pause_s=pause))
 
-        self._inbox.put(swap)
-        return await asyncio.wrap_future(future)
+        return await self._call(future, swap)
 
     def close(self) -> None:
         """Stop the thread and the engine; unfinished requests fail with `EngineError`."""
@@ -92,11 +93,20 @@ class EngineDriver:
         self._thread.join(timeout=30)
         self._engine.shutdown()
 
-    def _require_alive(self) -> None:
-        if self._failure is not None:
-            raise EngineError(f"the engine stopped: {self._failure}") from self._failure
-        if not self._thread.is_alive():
-            raise EngineError("the engine is closed")
+    async def _call(self, future: Future[T], command: Callable[[], None]) -> T:
+        """Let the thread run `command`, which resolves `future` sooner or later; its end resolves it too."""
+        with self._lock:
+            if self._ended:
+                raise self._end()
+            self._unresolved.add(future)
+            self._inbox.put((future, command))
+        future.add_done_callback(self._unresolved.discard)
+        return await asyncio.wrap_future(future)
+
+    def _end(self) -> EngineError:
+        error = EngineError("the engine is closed" if self._failure is None else f"the engine stopped: {self._failure}")
+        error.__cause__ = self._failure
+        return error
 
     def _run(self) -> None:
         try:
@@ -108,19 +118,22 @@ class EngineDriver:
                 self.busy_s += time.perf_counter() - start
         except BaseException as error:
             self._failure = error
-        failure = EngineError(f"the engine stopped: {self._failure or 'closed'}")
-        failure.__cause__ = self._failure
-        for future in self._pending.values():
-            future.set_exception(failure)
+        with self._lock:
+            self._ended = True
+        for future in tuple(self._unresolved):  # running, queued, or the one whose command brought us here
+            if future.running() or future.set_running_or_notify_cancel():
+                future.set_exception(self._end())
         self._pending.clear()
 
     def _take_commands(self) -> bool:
         """Run queued commands; wait for one when idle. False: close."""
         while True:
             try:
-                command = self._inbox.get(block=not self._engine.busy)
+                item = self._inbox.get(block=not self._engine.busy)
             except queue.Empty:
                 return True
-            if command is None:
+            if item is None:
                 return False
-            command()
+            future, command = item
+            if future.set_running_or_notify_cancel():  # from here on its caller can leave, but not cancel it
+                command()

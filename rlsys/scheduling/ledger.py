@@ -12,9 +12,12 @@ With P groups per step, at most B slots and a completion window W, a slot is con
 right behind the oldest open one may overtake it. That bounds staleness by construction.
 """
 
+import math
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from enum import StrEnum
+from heapq import heappop, heappush
 
 from rlsys.errors import LedgerError
 from rlsys.records import Prompt
@@ -36,6 +39,8 @@ class End(StrEnum):
     TRAINED = "trained"
     REJECTED_STALE = "rejected_stale"
     REJECTED_NO_SIGNAL = "rejected_no_signal"
+    REJECTED_NONFINITE = "rejected_nonfinite"
+    """The learner refused its batch: loss or gradient was not finite."""
     FAILED_ROLLOUT = "failed_rollout"
     FAILED_REWARD = "failed_reward"
 
@@ -81,8 +86,10 @@ class Ledger:
         self._capacity = capacity
         self._window = window
         self._on_close = on_close
-        self._next = first_id
         self._slots: dict[int, Slot] = {}
+        self._in: Counter[State] = Counter()
+        self._waiting: list[int] = []  # heap; an entry counts while its slot is WAITING
+        self.next_id = first_id
         self.admitted = 0
         self.ended: dict[End, int] = dict.fromkeys(End, 0)
 
@@ -98,9 +105,7 @@ class Ledger:
 
     def counts(self) -> dict[str, int]:
         """Open slots by state, ended ones by reason, and `lost`, which is 0 unless the ledger is broken."""
-        counts = {state.value: 0 for state in State} | {end.value: count for end, count in self.ended.items()}
-        for slot in self._slots.values():
-            counts[slot.state.value] += 1
+        counts = {state.value: self._in[state] for state in State} | {end.value: n for end, n in self.ended.items()}
         lost = self.admitted - len(self._slots) - sum(self.ended.values())
         return counts | {"admitted": self.admitted, "lost": lost}
 
@@ -108,42 +113,57 @@ class Ledger:
         """Give a prompt a slot. Raises `LedgerError` when there is no room."""
         if not self.has_room:
             raise LedgerError(f"all {self._capacity} slots are taken")
-        slot = Slot(self._next, prompt, version)
+        slot = Slot(self.next_id, prompt, version)
         self._slots[slot.id] = slot
-        self._next += 1
+        self._in[slot.state] += 1
+        heappush(self._waiting, slot.id)
+        self.next_id += 1
         self.admitted += 1
         return slot
 
     def next_waiting(self) -> Slot | None:
         """The oldest slot nobody works on."""
-        return next((slot for slot in self._slots.values() if slot.state is State.WAITING), None)
+        while self._waiting:
+            slot = self._slots.get(self._waiting[0])
+            if slot is not None and slot.state is State.WAITING:
+                return slot
+            heappop(self._waiting)
+        return None
 
     def start(self, slot_id: int, worker: str) -> int:
         """A worker begins an attempt; returns its number, which fences off late results of earlier ones."""
         slot = self._require(slot_id, State.WAITING)
-        slot.state, slot.worker = State.IN_FLIGHT, worker
+        self._move(slot, State.IN_FLIGHT)
+        slot.worker = worker
         slot.attempt += 1
         return slot.attempt
 
     def finish(self, slot_id: int, attempt: int) -> bool:
         """The responses of an attempt arrived with their rewards. False: a repeated or outdated delivery."""
-        slot = self._slots.get(slot_id)
-        if slot is None or slot.attempt != attempt or slot.state is not State.IN_FLIGHT:
-            return False
-        slot.state = State.FINISHED
-        return True
+        slot = self._current(slot_id, attempt)
+        if slot is not None:
+            self._move(slot, State.FINISHED)
+        return slot is not None
 
     def retry(self, slot_id: int, attempt: int) -> bool:
         """An attempt was lost (its worker died); the slot waits again. False: outdated news."""
-        slot = self._slots.get(slot_id)
-        if slot is None or slot.attempt != attempt or slot.state is not State.IN_FLIGHT:
+        slot = self._current(slot_id, attempt)
+        if slot is not None:
+            self._move(slot, State.WAITING)
+            slot.worker = None
+            heappush(self._waiting, slot.id)
+        return slot is not None
+
+    def fail(self, slot_id: int, attempt: int, reason: End, version: PolicyVersion) -> bool:
+        """An attempt came to nothing and another would too; the slot ends. False: outdated news."""
+        if self._current(slot_id, attempt) is None:
             return False
-        slot.state, slot.worker = State.WAITING, None
+        self.end(slot_id, reason, version)
         return True
 
     def batch_ready(self, groups: int) -> bool:
         """Whether `take_batch(groups)` would return a batch."""
-        return len(self._eligible(groups)) == groups
+        return self._in[State.FINISHED] >= groups and len(self._eligible(groups)) == groups
 
     def take_batch(self, groups: int) -> list[Slot]:
         """The next `groups` finished slots in admission order, looking at most `window` places ahead."""
@@ -151,7 +171,7 @@ class Ledger:
         if len(chosen) < groups:
             raise LedgerError(f"only {len(chosen)} of {groups} groups are finished within the window")
         for slot in chosen:
-            slot.state = State.LEARNING
+            self._move(slot, State.LEARNING)
         return chosen
 
     def commit(self, slot_ids: Iterable[int], version: PolicyVersion) -> None:
@@ -167,20 +187,27 @@ class Ledger:
         self._close(slot_id, reason, version)
 
     def _eligible(self, groups: int) -> list[Slot]:
-        """Finished slots that may be learned from now. Each pick moves the window behind the oldest unpicked slot."""
+        """Finished slots that may be learned from now: those less than W after the oldest one passed over."""
         chosen: list[Slot] = []
-        unpicked = [slot for slot in self._slots.values() if slot.state is not State.LEARNING]
-        head = 0
-        picked: set[int] = set()
-        for slot in unpicked:
-            while head < len(unpicked) and unpicked[head].id in picked:
-                head += 1
-            if len(chosen) == groups or (head < len(unpicked) and slot.id >= unpicked[head].id + self._window):
+        end = math.inf
+        for slot in self._slots.values():
+            if len(chosen) == groups or slot.id >= end:
                 break
             if slot.state is State.FINISHED:
                 chosen.append(slot)
-                picked.add(slot.id)
+            elif slot.state is not State.LEARNING:
+                end = min(end, slot.id + self._window)
         return chosen
+
+    def _current(self, slot_id: int, attempt: int) -> Slot | None:
+        """The slot, if this attempt is the one in flight."""
+        slot = self._slots.get(slot_id)
+        return slot if slot is not None and (slot.attempt, slot.state) == (attempt, State.IN_FLIGHT) else None
+
+    def _move(self, slot: Slot, state: State) -> None:
+        self._in[slot.state] -= 1
+        self._in[state] += 1
+        slot.state = state
 
     def _require(self, slot_id: int, state: State) -> Slot:
         slot = self._slots.get(slot_id)
@@ -194,6 +221,7 @@ class Ledger:
         slot = self._slots.pop(slot_id, None)
         if slot is None:
             raise LedgerError(f"slot {slot_id} is not open; it cannot end as {reason}")
+        self._in[slot.state] -= 1
         self.ended[reason] += 1
         self._on_close(
             Closed(

@@ -39,7 +39,7 @@ def plan_layout(
 ) -> tuple[tuple[TensorSlot, ...], int]:
     """Slots for all (name, shape), fused parts adjacent, and the buffer's size in bytes.
 
-    A matrix with `vocab_size` rows is followed by zeros up to a multiple of 64 rows.
+    An unfused matrix with `vocab_size` rows is followed by room for zeros up to a multiple of 64 rows.
     """
     blocks: dict[str, list[tuple[str, tuple[int, ...]]]] = {}
     for name, shape in tensors:
@@ -53,7 +53,7 @@ def plan_layout(
             nbytes = prod(shape) * ITEM_BYTES[dtype]
             slots.append(TensorSlot(name=name, dtype=dtype, shape=shape, offset=offset, nbytes=nbytes))
             offset += nbytes
-            if len(shape) == 2 and shape[0] == vocab_size:
+            if len(parts) == 1 and len(shape) == 2 and shape[0] == vocab_size:
                 offset += (-shape[0] % VOCAB_MULTIPLE) * shape[1] * ITEM_BYTES[dtype]
     return tuple(slots), offset
 

@@ -50,28 +50,35 @@ class WeightSync:
         self._senders: dict[str, asyncio.Task[None]] = {}
         self._changed = asyncio.Condition()
         self._acks: list[Ack] = []
+        self._serving: dict[str, PolicyVersion] = {}
+        self._refused: dict[str, str] = {}  # worker -> why it did not take the published version
 
     async def publish(self, ticket: WeightTicket) -> None:
-        """Send a version to all workers; returns when one of them serves it (or a newer one).
+        """Send a version to all workers; returns when one of them serves it, or when no worker is there.
 
-        Raises `WeightSyncError` when none did in time; every worker then still serves its old version.
+        Raises `WeightSyncError` when all refused it or none served it in time; they then serve their old versions.
         """
         version = ticket.manifest.version
         async with self._changed:
             if self._ticket is not None and version < self._ticket.manifest.version:
                 raise WeightSyncError(f"version {version} is older than the published {self._ticket.manifest.version}")
-            self._ticket = ticket
+            self._ticket, self._refused = ticket, {}
             self._changed.notify_all()
+            within = ""
             try:
                 async with asyncio.timeout(self._timeout_s):
-                    await self._changed.wait_for(lambda: self._served(version) or not self._senders)
+                    await self._changed.wait_for(
+                        lambda: self._served(version) or self._senders.keys() <= self._refused.keys()
+                    )
             except TimeoutError:
-                raise WeightSyncError(
-                    f"no worker served version {version} within {self._timeout_s:g} s{self._why(version)}"
-                ) from None
+                within = f" within {self._timeout_s:g} s"
+            if self._senders and not self._served(version):
+                why = "".join(f"; {name}: {error}" for name, error in self._refused.items())
+                raise WeightSyncError(f"no worker served version {version}{within}{why}")
 
     async def add(self, name: str, worker: Applier) -> None:
-        """A worker joins; it is brought to the current version first."""
+        """A worker joins, perhaps after an earlier one of that name; it is brought to the current version first."""
+        await self.remove(name)
         self._senders[name] = asyncio.create_task(self._send(name, worker), name=f"weights to {name}")
 
     async def remove(self, name: str) -> None:
@@ -79,6 +86,8 @@ class WeightSync:
         sender = self._senders.pop(name, None)
         if sender is not None:
             sender.cancel()
+        self._serving.pop(name, None)
+        self._refused.pop(name, None)
         async with self._changed:
             self._changed.notify_all()
 
@@ -96,6 +105,10 @@ class WeightSync:
             tried = ticket.manifest.version
             async with self._changed:
                 self._acks.append(ack)
+                if ack.error is None:
+                    self._serving[name] = ack.version
+                elif ticket is self._ticket:
+                    self._refused[name] = ack.error
                 self._changed.notify_all()
 
     async def _newer_than(self, version: PolicyVersion | None) -> WeightTicket:
@@ -122,7 +135,4 @@ class WeightSync:
         return Ack(worker=name, version=version, apply_s=time.perf_counter() - start, pause_s=0.0, error=error)
 
     def _served(self, version: PolicyVersion) -> bool:
-        return any(ack.version >= version and ack.error is None for ack in self._acks)
-
-    def _why(self, version: PolicyVersion) -> str:
-        return "".join(f"; {ack.worker}: {ack.error}" for ack in self._acks if ack.version == version and ack.error)
+        return max(self._serving.values(), default=-1) >= version
