@@ -5,13 +5,13 @@
     trie, depth first:   p ── a ── b          one row:   p  a  b
                          └── (e: no input)    column:    0  1  2
 
-A *tree* is the trie of some responses to one prompt; a row holds whole trees (first-fit decreasing). In
-depth-first order the descendants of column j are the contiguous columns j+1 .. end_j - 1, so one integer
-per column says everything about attention: query i sees key j if and only if j <= i < end_j. Log-probabilities
-depend only on the prefix, so sharing prefixes changes no result, only the work: eight short samples of one
-prompt cost little more than one.
+A *tree* is the trie of some responses to one prompt; a row holds whole trees. In depth-first order the
+descendants of column j are the contiguous columns j+1 .. end_j - 1, so one integer per column says everything
+about attention: query i sees key j if and only if j <= i < end_j. Log-probabilities depend only on the prefix,
+so sharing prefixes changes no result, only the work: eight short samples of one prompt cost little more than one.
 """
 
+import heapq
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -23,6 +23,9 @@ from torch import Tensor
 from rlsys.records import IntArray
 
 Int64Array = npt.NDArray[np.int64]
+
+TRIES = 12
+"""Numbers of rows compared for every batch."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -117,15 +120,14 @@ class _Tree:
 def pack(
     sequences: Sequences, *, row_tokens: int, micro_batch_tokens: int, members: Iterable[int] | None = None
 ) -> Packing:
-    """Pack the responses `members` (None: all) into rows of max(row_tokens, longest) columns, rows into micro-batches.
+    """Pack the responses `members` (None: all) into rows, and rows into micro-batches.
 
-    Empty responses take part in nothing. Raises ValueError for an empty prompt (nothing predicts the first token).
+    Rows have at most max(row_tokens, longest tree) columns. Empty responses take part in nothing. Raises
+    ValueError for an empty prompt (nothing predicts the first token).
     """
     chosen = range(len(sequences.responses)) if members is None else [int(m) for m in members]
     trees = [tree for group in _by_prompt(sequences, chosen) for tree in _trees(sequences, group, row_tokens)]
-    longest = max((len(t.ids) for t in trees), default=1)
-    rows = _first_fit_decreasing(trees, max(row_tokens, longest))
-    width = max((sum(len(t.ids) for t in row) for row in rows), default=1)
+    rows, width = _rows(trees, row_tokens)
     offsets = sequences.offsets()
     per_pass = max(1, micro_batch_tokens // width)
     passes = -(-len(rows) // per_pass)
@@ -209,20 +211,36 @@ def _common_prefix(left: IntArray, right: IntArray) -> int:
     return first if differs[first] else shorter
 
 
-def _first_fit_decreasing(trees: list[_Tree], capacity: int) -> list[list[_Tree]]:
-    rows: list[list[_Tree]] = []
-    room = np.zeros(len(trees), dtype=np.int64)
+def _rows(trees: list[_Tree], row_tokens: int) -> tuple[list[list[_Tree]], int]:
+    """Rows and their common width, at most max(row_tokens, longest tree), with little padding.
+
+    For a given number of rows the longest tree left goes to the emptiest row (Graham's rule), which evens them
+    out; of the first few numbers of rows that keep to the width the one with the least padding is taken.
+    """
+    sizes = [len(t.ids) for t in trees]
+    limit = max([row_tokens, *sizes])
+    count = -(-sum(sizes) // limit)
+    fitting: list[tuple[int, list[list[_Tree]], int]] = []
+    while trees and len(fitting) < TRIES:
+        rows, width = _even_rows(trees, count)
+        if width <= limit:
+            fitting.append((count * width, rows, width))
+        if count >= len(trees):
+            break
+        count = min(max(count + 1, count * 51 // 50), len(trees))
+    _, rows, width = min(fitting, key=lambda found: found[0], default=(0, [], 1))
+    return rows, width
+
+
+def _even_rows(trees: list[_Tree], count: int) -> tuple[list[list[_Tree]], int]:
+    """`trees` on `count` rows, longest first, each to the emptiest row; and the fullest row's width."""
+    rows: list[list[_Tree]] = [[] for _ in range(count)]
+    loads = [(0, row) for row in range(count)]
     for tree in sorted(trees, key=lambda t: -len(t.ids)):
-        fits = np.flatnonzero(room[: len(rows)] >= len(tree.ids))
-        if len(fits):
-            row = int(fits[0])
-        else:
-            row = len(rows)
-            rows.append([])
-            room[row] = capacity
+        load, row = loads[0]
         rows[row].append(tree)
-        room[row] -= len(tree.ids)
-    return rows
+        heapq.heapreplace(loads, (load + len(tree.ids), row))
+    return rows, max(load for load, _ in loads)
 
 
 def _materialise(rows: list[list[_Tree]], width: int, sequences: Sequences, offsets: Int64Array) -> Packed:

@@ -1,0 +1,128 @@
+"""Packing changes the work, never the prefix a token is predicted from."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rlsys.learning.packing import Packed, Sequences, pack
+
+token = st.integers(0, 3)
+groups = st.lists(
+    st.tuples(st.lists(token, min_size=1, max_size=6), st.lists(st.lists(token, max_size=7), min_size=1, max_size=6)),
+    min_size=1,
+    max_size=6,
+)
+
+
+def sequences_of(drawn: list[tuple[list[int], list[list[int]]]]) -> Sequences:
+    return Sequences(
+        prompts=[prompt for prompt, _ in drawn],
+        responses=[np.asarray(r, dtype=np.int32) for _, responses in drawn for r in responses],
+        prompt_of=[i for i, (_, responses) in enumerate(drawn) for _ in responses],
+    )
+
+
+def visible_prefix(micro: Packed, place: int) -> tuple[list[int], list[int]]:
+    """Tokens and positions that the column at the flat `place` attends to, in order of columns."""
+    row, column = divmod(place, micro.input_ids.shape[1])
+    seen = micro.mask()[row, 0, column]
+    return micro.input_ids[row, seen].tolist(), micro.position_ids[row, seen].tolist()
+
+
+@settings(max_examples=60, deadline=None)
+@given(drawn=groups, row_tokens=st.integers(1, 24), micro_batch_tokens=st.integers(1, 80))
+def test_every_token_is_predicted_from_exactly_its_own_prefix(drawn, row_tokens, micro_batch_tokens):
+    sequences = sequences_of(drawn)
+    offsets = sequences.offsets()
+    packing = pack(sequences, row_tokens=row_tokens, micro_batch_tokens=micro_batch_tokens)
+    seen: list[int] = []
+    for micro in packing.micro_batches:
+        for k, place in enumerate(micro.predictors.tolist()):
+            response = int(micro.responses[micro.response_index[k]])
+            t = int(micro.token_index[k]) - int(offsets[response])
+            tokens, positions = visible_prefix(micro, place)
+            answer = sequences.responses[response].tolist()
+            assert tokens == [*sequences.prompts[sequences.prompt_of[response]], *answer[:t]]
+            assert positions == list(range(len(tokens)))
+            assert int(micro.token_ids[k]) == answer[t]
+        seen += micro.token_index.tolist()
+    assert sorted(seen) == list(range(offsets[-1])), "every token once"
+
+
+@settings(max_examples=60, deadline=None)
+@given(drawn=groups, row_tokens=st.integers(1, 24), micro_batch_tokens=st.integers(1, 80))
+def test_a_response_is_never_divided_and_a_micro_batch_keeps_its_limit(drawn, row_tokens, micro_batch_tokens):
+    packing = pack(sequences_of(drawn), row_tokens=row_tokens, micro_batch_tokens=micro_batch_tokens)
+    responses = [int(i) for micro in packing.micro_batches for i in micro.responses]
+    assert len(responses) == len(set(responses))
+    for micro in packing.micro_batches:
+        assert micro.responses.tolist() == sorted(micro.responses.tolist())
+        assert (micro.response_index.diff() >= 0).all(), "tokens of a response are contiguous"
+        assert micro.input_ids.numel() <= micro_batch_tokens or len(micro.input_ids) == 1
+        assert micro.input_ids.shape[1] <= max(row_tokens, 13)
+
+
+@settings(max_examples=30, deadline=None)
+@given(drawn=groups)
+def test_no_column_attends_to_another_tree_and_padding_only_to_itself(drawn):
+    packing = pack(sequences_of(drawn), row_tokens=20, micro_batch_tokens=60)
+    for micro in packing.micro_batches:
+        mask = micro.mask()[:, 0]
+        assert mask.diagonal(dim1=1, dim2=2).all(), "a row without a key would be NaN"
+        assert not mask.triu(1).any(), "causal"
+        filled = sum(len(set(np.flatnonzero(mask[r].any(0)))) for r in range(len(mask)))
+        assert filled == micro.input_ids.numel()
+        empty = (mask.sum(-1) == 1) & (micro.position_ids == 0)
+        assert int(empty.sum()) >= micro.input_ids.numel() - micro.filled
+
+
+def test_quickstart_lengths_fill_the_rows():
+    random = np.random.default_rng(0)
+    prompts = [random.integers(0, 12, int(n)).tolist() for n in random.choice([4, 5, 6], 64, p=[0.05, 0.25, 0.7])]
+    answers = [np.append(random.integers(0, 10, int(n)), 12).astype(np.int32) for n in random.choice([2, 3], 512)]
+    sequences = Sequences(prompts=prompts, responses=answers, prompt_of=np.repeat(np.arange(64), 8).tolist())
+    packing = pack(sequences, row_tokens=64, micro_batch_tokens=8192)
+    assert packing.fill >= 0.95
+    assert packing.sharing >= 2.5, "prompts and first digits are computed once"
+
+
+def test_equal_responses_cost_one():
+    answer = np.asarray([5, 6, 7, 1], dtype=np.int32)
+    once = pack(Sequences(prompts=[[2, 3]], responses=[answer], prompt_of=[0]), row_tokens=8, micro_batch_tokens=64)
+    eight = pack(
+        Sequences(prompts=[[2, 3]], responses=[answer] * 8, prompt_of=[0] * 8), row_tokens=8, micro_batch_tokens=64
+    )
+    assert once.fed_tokens == eight.fed_tokens == 2 + 3, "the last token predicts nothing and is not fed"
+    assert eight.sharing == 8 * 6 / 5
+
+
+def test_a_group_larger_than_a_row_is_cut_between_responses():
+    answers = [np.asarray([i, i, i, i, 1], dtype=np.int32) for i in range(2, 8)]
+    sequences = Sequences(prompts=[[9, 9, 9]], responses=answers, prompt_of=[0] * 6)
+    packing = pack(sequences, row_tokens=12, micro_batch_tokens=12)
+    assert [len(m.responses) for m in packing.micro_batches] == [2, 2, 2]
+    assert packing.fed_tokens == 3 * (3 + 2 * 4)
+
+
+def test_a_subset_of_responses_keeps_their_places_in_the_batch():
+    answers = [np.asarray([i, 1], dtype=np.int32) for i in range(2, 6)]
+    sequences = Sequences(prompts=[[9], [8]], responses=answers, prompt_of=[0, 0, 1, 1])
+    packing = pack(sequences, row_tokens=8, micro_batch_tokens=8, members=[1, 2])
+    (micro,) = packing.micro_batches
+    assert micro.responses.tolist() == [1, 2]
+    assert micro.token_index.tolist() == [2, 3, 4, 5]
+    assert torch.equal(micro.token_ids, torch.tensor([3, 1, 4, 1]))
+
+
+def test_empty_responses_take_no_part_and_an_empty_prompt_is_refused():
+    nothing = np.empty(0, dtype=np.int32)
+    packing = pack(Sequences(prompts=[[4]], responses=[nothing], prompt_of=[0]), row_tokens=8, micro_batch_tokens=8)
+    assert packing.micro_batches == ()
+    with pytest.raises(ValueError, match="prompt 0 is empty"):
+        pack(
+            Sequences(prompts=[[]], responses=[np.asarray([1], dtype=np.int32)], prompt_of=[0]),
+            row_tokens=8,
+            micro_batch_tokens=8,
+        )
