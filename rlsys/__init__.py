@@ -1,9 +1,9 @@
 """Asynchronous actor/learner reinforcement learning for language models, with staleness visible and measured.
 
-    from rlsys import load_config, train
+from rlsys import load_config, train
 
-    result = train(load_config("configs/quickstart.yaml", ["rollout.workers=2"]))
-    print(result.before, result.after)
+result = train(load_config("configs/quickstart.yaml", ["rollout.workers=2"]))
+print(result.before, result.after)
 """
 
 from typing import TYPE_CHECKING, Any

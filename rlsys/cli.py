@@ -216,7 +216,8 @@ class RunView:
             ),
             (
                 "importance",
-                f"ESS token {_number(m.get('importance/ess_token'))}  sequence {_number(m.get('importance/ess_sequence'))}  "
+                f"ESS token {_number(m.get('importance/ess_token'))}  "
+                f"sequence {_number(m.get('importance/ess_sequence'))}  "
                 f"clipped {_percent(m.get('importance/clip_fraction'))}",
             ),
             ("KL", f"to reference {_number(m.get('kl/reference_k3'), 4)} nats per token"),

@@ -63,8 +63,8 @@ OBJECTIVE_FIELDS: dict[str, frozenset[str]] = {
     "reinforce": frozenset(),
     "is_token": frozenset(),
     "is_sequence": frozenset(),
-    "is_sequence_truncated": frozenset({"clip"}),
-    "is_token_truncated": frozenset({"clip"}),
+    "is_sequence_truncated": frozenset({"clip_low", "clip_high"}),
+    "is_token_truncated": frozenset({"clip_low", "clip_high"}),
     "ppo_clip": frozenset({"clip_low", "clip_high", "dual_clip"}),
     "decoupled_ppo": frozenset({"clip_low", "clip_high"}),
     "cispo": frozenset({"cap"}),
@@ -72,7 +72,7 @@ OBJECTIVE_FIELDS: dict[str, frozenset[str]] = {
     "gspo": frozenset({"clip_low", "clip_high"}),
     "raft": frozenset(),
 }
-_OBJECTIVE_OPTIONS = {"clip", "clip_low", "clip_high", "dual_clip", "cap"}
+_OBJECTIVE_OPTIONS = {"clip_low", "clip_high", "dual_clip", "cap"}
 SEQUENCE_OBJECTIVES = frozenset({"is_sequence", "is_sequence_truncated", "gspo"})
 
 
@@ -83,11 +83,14 @@ class ObjectiveConfig(Section):
     reduce: Literal["token_mean", "sequence_mean", "constant"] = "token_mean"
     correction: CorrectionConfig = CorrectionConfig()
     """A correction's name, or a section with its options."""
-    clip: PositiveFloat | None = None
     clip_low: PositiveFloat | None = None
+    """Ratios below 1 - clip_low are clipped."""
     clip_high: PositiveFloat | None = None
+    """Ratios above 1 + clip_high are clipped."""
     dual_clip: Annotated[float, Field(strict=True, gt=1)] | None = None
+    """`ppo_clip`: with a negative advantage A the term is no lower than dual_clip·A."""
     cap: PositiveFloat | None = None
+    """`cispo`, `aipo`: largest importance weight."""
 
     @field_validator("correction", mode="before")
     @classmethod
@@ -114,7 +117,7 @@ class ObjectiveConfig(Section):
 class AdvantageConfig(Section):
     """How rewards of a group become advantages."""
 
-    name: Literal["group_mean", "grpo", "rloo", "batch_whiten"] = "grpo"
+    name: Literal["group_mean", "grpo", "rloo", "batch_whiten", "reinforce_ada"] = "grpo"
 
 
 class KLConfig(Section):

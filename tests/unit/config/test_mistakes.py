@@ -143,8 +143,8 @@ MISTAKES = {
         "staleness.window=9: must be at most 1: it leaves -4 open prompts, fewer than rollout.prompts_per_step=4",
     ),
     "an option of another objective": (
-        ["objective.cap=3.0", "objective.clip=2.0"],
-        "objective.cap=3.0: not used by 'ppo_clip', which takes clip_high, clip_low, dual_clip (clip neither)",
+        ["objective.cap=3.0"],
+        "objective.cap=3.0: not used by 'ppo_clip', which takes clip_high, clip_low, dual_clip",
     ),
     "an option of another correction": (
         ["objective.correction.name=tis", "objective.correction.tau=0.04"],
