@@ -98,6 +98,8 @@ class WarmstartConfig(Section):
     lr: PositiveFloat = 2e-3
     label_noise: Fraction = 0.0
     """Share of training answers replaced by the answer of another prompt, so that the start is imperfect."""
+    target: Fraction | None = None
+    """Stop before `steps` once this greedy accuracy on training items is reached, so that RL has work left."""
     cache_dir: Path = Path(".cache/warmstart")
 
 

@@ -7,6 +7,7 @@ hash of everything it depends on, and written whole or not at all.
 import contextlib
 import hashlib
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
@@ -28,6 +29,9 @@ RECIPE = 1
 
 POOL = 50_000
 """Training items looked at, at most."""
+
+TARGET_SAMPLE, TARGET_EVERY = 256, 25
+"""Items that measure the target accuracy, and steps between two looks."""
 
 ROW_TOKENS = 64
 MICRO_BATCH_TOKENS = 4096
@@ -77,7 +81,13 @@ def ensure_warmstart(model: ModelConfig, task: Task, seed: int, progress: Progre
         tokenizer = load_tokenizer(temporary)
         policy = load_policy(temporary, "float32")
         data = _corrupt(_tokenize(tokenizer, items, model.max_context), model.warmstart.label_noise, seed)
-        train_supervised(policy, data, model.warmstart, seed, progress)
+        sample = [items[i] for i in np.random.default_rng((seed, 3)).permutation(len(items))[:TARGET_SAMPLE]]
+
+        def good_enough() -> bool:
+            longest = max(len(answer) for answer in data[1])
+            return greedy_accuracy(policy.model, tokenizer, sample, longest) >= (model.warmstart.target or math.inf)
+
+        train_supervised(policy, data, model.warmstart, seed, progress, good_enough)
         with quiet():
             policy.model.save_pretrained(temporary)
 
@@ -92,11 +102,12 @@ def train_supervised(
     config: WarmstartConfig,
     seed: int,
     progress: Progress | None = None,
+    good_enough: Callable[[], bool] = lambda: False,
 ) -> None:
     """Minimise −mean log π(answer tokens and end | question). `data`: questions and answers as ids.
 
     AdamW(0.9, 0.95), warm-up over 5% of the steps, then linear decay to zero; gradient norm at most 1. Every
-    epoch visits the items in a new order drawn from `seed`.
+    epoch visits the items in a new order drawn from `seed`. Ends early when `good_enough`, asked every 25 steps.
     """
     questions, answers = data
     optimizer = torch.optim.AdamW(
@@ -125,6 +136,8 @@ def train_supervised(
         optimizer.zero_grad()
         if progress is not None:
             progress(step + 1, config.steps, loss)
+        if config.target is not None and (step + 1) % TARGET_EVERY == 0 and good_enough():
+            return
 
 
 @torch.no_grad()
