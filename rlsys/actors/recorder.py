@@ -17,8 +17,10 @@ class RecorderActor:
         settle("other", pin=config.resources.pin_cores)
         self._directory = config.path / "rollouts"
 
-    def write(self, version: int, scores: list[GroupScore], arrays: BatchArrays, *groups: RolloutGroup) -> Path:
-        """One file for the step that made `version`; returns its path."""
+    def write(
+        self, name: str, version: int, scores: list[GroupScore], arrays: BatchArrays, *groups: RolloutGroup
+    ) -> Path:
+        """One file for the step that made `version`, or was refused at it; returns its path."""
         from rlsys.observability.rollouts import write_rollouts
 
-        return write_rollouts(self._directory / f"step-{version:06d}.parquet", version, groups, scores, arrays)
+        return write_rollouts(self._directory / f"{name}.parquet", version, groups, scores, arrays)

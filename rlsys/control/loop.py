@@ -11,12 +11,12 @@ behind a port. The loops share a ledger and a router and wake each other through
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
+from collections.abc import Coroutine, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from rlsys.config.schema import RunConfig
-from rlsys.control.evaluation import evaluate
+from rlsys.control.evaluation import evaluate, scored
 from rlsys.control.ports import (
     FinishedGroup,
     FleetStats,
@@ -31,7 +31,7 @@ from rlsys.control.ports import (
     WorkerLost,
 )
 from rlsys.control.progress import Progress, StepClock, ledger_metrics
-from rlsys.errors import ClusterError, RewardError, StalenessViolation
+from rlsys.errors import ClusterError, EngineError, PromptRefused, RewardError, StalenessViolation
 from rlsys.records import Prompt
 from rlsys.scheduling.ledger import End, Ledger, Slot
 from rlsys.scheduling.routing import Router, Worker
@@ -43,6 +43,15 @@ log = logging.getLogger(__name__)
 
 MAX_FAILED_IN_A_ROW = 16
 """Groups that may fail one after another before the run stops: a broken reward is not a hard prompt."""
+
+MAX_ATTEMPTS = 5
+"""Workers that one prompt may cost before it is given up: it could be the one that kills them."""
+
+STATS_TIMEOUT_S = 5.0
+"""A worker that does not answer within this time is left out of a step's rates."""
+
+RECORDS_AHEAD = 8
+"""Steps that may wait to be written down; then the learner waits, so that batches do not fill the memory."""
 
 
 class Prompts(Protocol):
@@ -109,16 +118,17 @@ class TrainingLoop:
         self._eval_prompts = eval_prompts
         self._reopened = list(reopened)
         self._finished: dict[int, FinishedGroup] = {}
-        self._batches: asyncio.Queue[Batch] = asyncio.Queue(maxsize=1)
+        self._batch: Batch | None = None
         self._signal = Signal()
         self._stopping = False
         self._failed_in_a_row = 0
         self._saved_version: PolicyVersion | None = None
         self._publication: asyncio.Task[None] | None = None
-        self._records: asyncio.Queue[tuple[Batch, Update, dict[str, float | None]]] = asyncio.Queue()
+        self._records: asyncio.Queue[tuple[Batch, Update, dict[str, float | None]]] = asyncio.Queue(RECORDS_AHEAD)
+        self._evaluating = asyncio.Lock()
         self._tasks: asyncio.TaskGroup | None = None
         self._spawned: set[asyncio.Task[None]] = set()
-        self._clock = StepClock()
+        self._clock = StepClock({})
 
     @property
     def version(self) -> PolicyVersion:
@@ -141,9 +151,14 @@ class TrainingLoop:
                 await self._publish(await self.parts.learner.publish())
                 await self._settle_publication()
                 await self._evaluate()
+                self._clock = StepClock(await self.fleet_stats())
                 for loop in (self._admit, self._roll_out, self._assemble, self._keep_records):
                     self._spawn(loop(), loop.__name__)
-                await self._learn()
+                try:
+                    await self._learn()
+                except Exception:  # what was learned, or refused, before is still written down
+                    await self._records.join()
+                    raise
                 await self._settle_publication()
                 await self._records.join()
                 if self.version > 0:
@@ -175,7 +190,7 @@ class TrainingLoop:
             assert worker is not None
             attempt = self.ledger.start(slot.id, worker.name)
             worker.in_flight += 1
-            self._spawn(self._serve(slot, attempt, worker), f"slot {slot.id}")
+            self._spawn(self._serve(slot, attempt, worker, self.parts.rollouts[worker.name]), f"slot {slot.id}")
 
     async def _assemble(self) -> None:
         """Consumes finished slots in admission order, produces batches with their reference scores under way.
@@ -184,25 +199,32 @@ class TrainingLoop:
         """
         groups = self.config.rollout.prompts_per_step
         while True:
-            await self._signal.until(lambda: self.ledger.batch_ready(groups))
+            await self._signal.until(lambda: self._batch is None and self.ledger.batch_ready(groups))
             slots = self.ledger.take_batch(groups)
             finished = [self._finished.pop(slot.id) for slot in slots]
             reference = self.parts.reference.score([g.payload for g in finished]) if self.parts.reference else None
-            await self._batches.put(Batch(slots, finished, reference))
+            self._batch = Batch(slots, finished, reference)
+            self._signal.notify()
 
     async def _learn(self) -> None:
-        """Consumes batches, produces versions; waits for a batch; its commit frees the batch's slots."""
-        async for batch in self._assembled():
+        """Consumes batches, produces versions; waits for a batch; its commit frees the batch's slots.
+
+        A batch that the learner refused makes no version and is not published: its slots are rejected.
+        """
+        while batch := await self._next_batch():
             self._check_staleness(batch)
             update = await self.parts.learner.update(batch.groups, batch.reference)
             if update.step.applied:
                 self.progress.version = update.step.version
                 await self._publish(update.ticket)
-            self.ledger.commit((slot.id for slot in batch.slots), self.version)
+                self.ledger.commit((slot.id for slot in batch.slots), self.version)
+            else:
+                self._reject(batch)
             self._signal.notify()
-            self._records.put_nowait((batch, update, self._clock.step(update.step)))
-            self._evaluate_if_due()
-            await self._checkpoint_if_due()
+            await self._records.put((batch, update, self._clock.step(update.step)))
+            if update.step.applied:
+                self._evaluate_if_due()
+                await self._checkpoint_if_due()
 
     async def _keep_records(self) -> None:
         """Consumes finished steps, produces the run's history; beside the learn loop, so that it never waits."""
@@ -211,33 +233,42 @@ class TrainingLoop:
             await self._record(batch, update, timing)
             self._records.task_done()
 
-    async def _assembled(self) -> AsyncIterator[Batch]:
-        while self.version < self.config.learner.steps and not self._stopping:
-            stop = asyncio.ensure_future(self._signal.until(lambda: self._stopping))
-            batch = asyncio.ensure_future(self._batches.get())
-            self._clock.waiting()
-            await asyncio.wait({stop, batch}, return_when=asyncio.FIRST_COMPLETED)
-            stop.cancel()
-            if not batch.done():
-                batch.cancel()
-                return
-            self._clock.learning()
-            yield batch.result()
+    async def _next_batch(self) -> Batch | None:
+        """The assembled batch; None when all steps are done or the run is to stop: then its slots stay open."""
+        if self.version >= self.config.learner.steps:
+            return None
+        self._clock.waiting()
+        await self._signal.until(lambda: self._stopping or self._batch is not None)
+        self._clock.learning()
+        if self._stopping:
+            return None
+        batch, self._batch = self._batch, None
+        self._signal.notify()
+        return batch
 
     # -- what they are made of --------------------------------------------------------------------------------------
 
-    async def _serve(self, slot: Slot, attempt: int, worker: Worker) -> None:
+    async def _serve(self, slot: Slot, attempt: int, worker: Worker, port: RolloutPort) -> None:
         """One attempt at one slot: sample, score, hand over. A dead worker's slot waits again."""
         try:
-            summary, payload = await self.parts.rollouts[worker.name].generate(slot.id, attempt, slot.prompt)
-            worker.in_flight -= 1
-            self._signal.notify()
-            score = await self.parts.rewards.score(payload)
-        except WorkerLost as error:
-            self.ledger.retry(slot.id, attempt)
-            self._lose_worker(worker.name, error)
+            try:
+                summary, payload = await port.generate(slot.id, attempt, slot.prompt)
+            finally:
+                worker.in_flight -= 1
+                self._signal.notify()
+            score = await scored(self.parts.rewards.score, payload)
+        except PromptRefused as error:
+            self._fail(slot, attempt, End.FAILED_ROLLOUT, error)
         except RewardError as error:
-            self._fail(slot, error)
+            self._fail(slot, attempt, End.FAILED_REWARD, error)
+        except (WorkerLost, EngineError) as error:
+            if attempt < MAX_ATTEMPTS:
+                self.ledger.retry(slot.id, attempt)
+            else:
+                self._fail(
+                    slot, attempt, End.FAILED_ROLLOUT, EngineError(f"{attempt} workers were lost on it: {error}")
+                )
+            self._lose_worker(worker.name, error)
         else:
             self._failed_in_a_row = 0
             if self.ledger.finish(slot.id, attempt):
@@ -247,18 +278,27 @@ class TrainingLoop:
     def _route(self) -> Worker | None:
         return self.router.choose(self.version)
 
-    def _fail(self, slot: Slot, error: RewardError) -> None:
-        self.ledger.end(slot.id, End.FAILED_REWARD, self.version)
-        self.parts.journal.event("failed_reward", str(error))
+    def _fail(self, slot: Slot, attempt: int, end: End, error: RewardError | EngineError) -> None:
+        if not self.ledger.fail(slot.id, attempt, end, self.version):
+            return
+        self.parts.journal.event(end, f"slot {slot.id}, prompt {slot.prompt.epoch}/{slot.prompt.index}: {error}")
         self._failed_in_a_row += 1
         if self._failed_in_a_row >= MAX_FAILED_IN_A_ROW:
-            raise RewardError(
-                f"{self._failed_in_a_row} groups in a row got no reward; the last one: {error}"
-            ) from error
+            raise type(error)(f"{self._failed_in_a_row} groups in a row failed; the last one: {error}") from error
 
-    def _lose_worker(self, name: str, error: WorkerLost) -> None:
+    def _reject(self, batch: Batch) -> None:
+        for slot in batch.slots:
+            self.ledger.end(slot.id, End.REJECTED_NONFINITE, self.version)
+        self.parts.journal.event(
+            End.REJECTED_NONFINITE,
+            f"loss or gradient of the batch of slots {batch.slots[0].id}..{batch.slots[-1].id} is not finite; "
+            f"the policy stays at version {self.version}",
+        )
+
+    def _lose_worker(self, name: str, error: WorkerLost | EngineError) -> None:
         if self.parts.rollouts.pop(name, None) is not None:
             self.router.remove(name)
+            self.progress.acks.pop(name, None)
             self.parts.journal.event("worker_lost", f"{name}: {error}")
         if not self.parts.rollouts:
             raise ClusterError(f"no rollout worker is left; the last one, {name}, died: {error}") from error
@@ -276,7 +316,7 @@ class TrainingLoop:
     async def _publish(self, ticket: WeightTicket) -> None:
         """Send a version out once the previous one is served; generation goes on meanwhile."""
         await self._settle_publication()
-        self._publication = asyncio.create_task(self.parts.weights.publish(ticket), name="publish")
+        self._publication = self._spawn(self.parts.weights.publish(ticket), "publish")
 
     async def _settle_publication(self) -> None:
         if self._publication is not None:
@@ -288,6 +328,8 @@ class TrainingLoop:
         while True:
             for ack in await self.parts.weights.acks(cursor):
                 cursor += 1
+                if ack.worker not in self.parts.rollouts:
+                    continue
                 if ack.error is None:
                     self.router.acknowledge(ack.worker, ack.version)
                     self.progress.published_version = max(self.progress.published_version, ack.version)
@@ -297,6 +339,12 @@ class TrainingLoop:
             self._signal.notify()
 
     async def _record(self, batch: Batch, update: Update, timing: Mapping[str, float | None]) -> None:
+        version, recorder = update.step.version, self.parts.recorder
+        if not update.step.applied:
+            if recorder is not None:
+                name = f"refused-{version:06d}-{batch.slots[0].id:06d}"
+                await recorder.write(name, version, batch.groups, update.arrays)
+            return
         metrics = {
             **update.step.metrics,
             **timing,
@@ -308,10 +356,10 @@ class TrainingLoop:
             "workers/rollout/ready": float(len(self.parts.rollouts)),
         }
         self.progress.metrics = metrics
-        self.parts.journal.step(update.step.version, metrics)
+        self.parts.journal.step(version, metrics)
         every = self.config.records.rollouts_every
-        if self.parts.recorder is not None and every and update.step.version % every == 0:
-            await self.parts.recorder.write(update.step.version, batch.groups, update.arrays)
+        if recorder is not None and every and version % every == 0:
+            await recorder.write(f"step-{version:06d}", version, batch.groups, update.arrays)
 
     def _sync_metrics(self, update: Update) -> dict[str, float | None]:
         acks = list(self.progress.acks.values())
@@ -323,33 +371,47 @@ class TrainingLoop:
             "weight_sync/serving_lag_max": float(self.router.serving_lag_max(self.version)),
         }
 
-    async def fleet_stats(self) -> FleetStats:
-        """Counters of all rollout workers added up."""
-        stats = await asyncio.gather(*(port.stats() for port in self.parts.rollouts.values()))
-        return FleetStats(
-            generated_tokens=sum(s.generated_tokens for s in stats),
-            busy_s=sum(s.busy_s for s in stats),
-            paused_s=sum(s.paused_s for s in stats),
-            workers=len(stats),
-        )
+    async def fleet_stats(self) -> dict[str, FleetStats]:
+        """Counters by rollout worker; one that is gone or does not answer is left out."""
+
+        async def ask(port: RolloutPort) -> FleetStats | None:
+            try:
+                return await asyncio.wait_for(port.stats(), STATS_TIMEOUT_S)
+            except (WorkerLost, TimeoutError):
+                return None
+
+        ports = dict(self.parts.rollouts)
+        answers = await asyncio.gather(*map(ask, ports.values()))
+        return {name: stats for name, stats in zip(ports, answers, strict=True) if stats is not None}
 
     async def _evaluate(self) -> None:
-        """Greedy accuracy on the held-out prompts, through the rollout workers."""
+        """Greedy accuracy on the held-out prompts, through the rollout workers; once per version, one at a time.
+
+        One that fails is an event: it does not concern training, which notices for itself what is broken.
+        """
         version = self.version
-        result = await evaluate(self._eval_prompts, list(self.parts.rollouts.values()), self.parts.rewards)
-        self.progress.evaluations[version] = result
-        self.parts.journal.step(version, result.metrics())
+        async with self._evaluating:
+            if version in self.progress.evaluations or not self._eval_prompts:
+                return
+            try:
+                result = await evaluate(self._eval_prompts, list(self.parts.rollouts.values()), self.parts.rewards)
+            except (RewardError, EngineError, WorkerLost) as error:
+                self.parts.journal.event("evaluation_failed", f"version {version}: {error}")
+                return
+            self.progress.evaluations[version] = result
+            self.parts.journal.step(version, result.metrics())
 
     def _evaluate_if_due(self) -> None:
         every = self.config.eval.every
         if every and self.version % every == 0 and self.version < self.config.learner.steps:
             self._spawn(self._evaluate(), "evaluate")
 
-    def _spawn(self, work: Coroutine[Any, Any, None], name: str) -> None:
+    def _spawn(self, work: Coroutine[Any, Any, None], name: str) -> asyncio.Task[None]:
         assert self._tasks is not None
         task = self._tasks.create_task(work, name=name)
         self._spawned.add(task)
         task.add_done_callback(self._spawned.discard)
+        return task
 
     async def _checkpoint_if_due(self) -> None:
         every = self.config.checkpoint.every
@@ -357,14 +419,18 @@ class TrainingLoop:
             await self.checkpoint()
 
     async def checkpoint(self) -> None:
-        """Parameters, optimizer, RNG, the prompt cursor and every open prompt, together; once per version."""
+        """Parameters, optimizer, RNG, the prompt cursor and every open prompt, together; once per version.
+
+        The history up to it is written first: a resumed run repeats no step, and so could not write it again.
+        """
         if self._saved_version == self.version:
             return
+        await self._records.join()
         extra = {
             "source": dict(self.parts.prompts.state()),
             "open": [[slot.prompt.epoch, slot.prompt.index] for slot in self.ledger.open]
             + [[prompt.epoch, prompt.index] for prompt in self._reopened],
-            "admitted": self.ledger.admitted,
+            "admitted": self.ledger.next_id,
         }
         directory = self.config.path / "checkpoints" / f"step-{self.version:06d}"
         await self.parts.learner.save(directory, extra)

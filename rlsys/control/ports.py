@@ -105,5 +105,5 @@ class WeightsPort(Protocol):
 class RecorderPort(Protocol):
     """Writes what happened to every token of a batch."""
 
-    async def write(self, version: int, batch: Sequence[FinishedGroup], arrays: Payload) -> None:
-        """One parquet file."""
+    async def write(self, name: str, version: int, batch: Sequence[FinishedGroup], arrays: Payload) -> None:
+        """One parquet file, `name` without its suffix."""

@@ -1,6 +1,7 @@
 """Where a run stands, and the rates between two of its steps."""
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from rlsys.control.evaluation import Evaluation
@@ -22,13 +23,16 @@ class Progress:
     evaluations: dict[PolicyVersion, Evaluation] = field(default_factory=dict)
 
 
-class StepClock:
-    """Rates between two learner steps."""
+_NOTHING = FleetStats(generated_tokens=0, busy_s=0.0, paused_s=0.0, workers=0)
 
-    def __init__(self) -> None:
+
+class StepClock:
+    """Rates between two learner steps, from its making on; `fleet`: the workers' counters at that time."""
+
+    def __init__(self, fleet: Mapping[str, FleetStats]) -> None:
         self._step_end = self._fleet_end = self._wait_start = time.perf_counter()
         self._idle = 0.0
-        self._fleet = FleetStats(generated_tokens=0, busy_s=0.0, paused_s=0.0, workers=0)
+        self._fleet = dict(fleet)
 
     def waiting(self) -> None:
         """The learner asks for a batch."""
@@ -49,16 +53,21 @@ class StepClock:
             "throughput/trained_tokens_per_s": step.trained_tokens / elapsed,
         }
 
-    def fleet(self, stats: FleetStats) -> dict[str, float | None]:
-        """Since the previous call: generated tokens per second, share of time not decoding, seconds paused."""
+    def fleet(self, stats: Mapping[str, FleetStats]) -> dict[str, float | None]:
+        """Since the previous call: generated tokens per second, share of time not decoding, seconds paused.
+
+        `stats` by worker; what one did since it last answered counts when it answers again.
+        """
         now = time.perf_counter()
         elapsed, self._fleet_end = now - self._fleet_end, now
-        previous, self._fleet = self._fleet, stats
-        busy = (stats.busy_s - previous.busy_s) / (elapsed * max(1, stats.workers))
+        before = {name: self._fleet.get(name, _NOTHING) for name in stats}
+        self._fleet |= stats
+        busy = sum(s.busy_s - before[name].busy_s for name, s in stats.items()) / (elapsed * max(1, len(stats)))
+        tokens = sum(s.generated_tokens - before[name].generated_tokens for name, s in stats.items())
         return {
-            "throughput/generated_tokens_per_s": (stats.generated_tokens - previous.generated_tokens) / elapsed,
+            "throughput/generated_tokens_per_s": tokens / elapsed,
             "throughput/rollout_idle_fraction": min(1.0, max(0.0, 1 - busy)),
-            "weight_sync/pause_s": stats.paused_s - previous.paused_s,
+            "weight_sync/pause_s": sum(s.paused_s - before[name].paused_s for name, s in stats.items()),
         }
 
 

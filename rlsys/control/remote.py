@@ -140,10 +140,10 @@ class RemoteRecorder:
     def __init__(self, handle: ActorHandle) -> None:
         self._handle = handle
 
-    async def write(self, version: int, batch: Sequence[FinishedGroup], arrays: Payload) -> None:
+    async def write(self, name: str, version: int, batch: Sequence[FinishedGroup], arrays: Payload) -> None:
         """See `RecorderPort`."""
         scores = [group.score for group in batch]
-        await call(self._handle.write.remote(version, scores, arrays, *(group.payload for group in batch)))
+        await call(self._handle.write.remote(name, version, scores, arrays, *(group.payload for group in batch)))
 
 
 async def all_ready(references: Sequence[Any]) -> None:

@@ -1,7 +1,7 @@
 """The files of a run, `runs/<name>/`: everything needed to open, audit and recompute it later."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,7 +42,7 @@ class RunDirectory:
 
     @property
     def rollouts(self) -> Path:
-        """Parquet files, one per recorded step."""
+        """Parquet files: `step-*`, one per recorded step, and `refused-*`, batches that could not be learned from."""
         return self.root / "rollouts"
 
     @property
@@ -68,11 +68,26 @@ class RunDirectory:
         self.root.mkdir(parents=True, exist_ok=True)
         self.config.write_text(config_yaml)
 
-    def rewind(self, version: int) -> None:
-        """Drop what a run recorded after the checkpoint it resumes from, so that nothing is there twice."""
+    def rewind(
+        self,
+        version: int,
+        *,
+        cursor: tuple[int, int] | None = None,
+        reopened: Collection[tuple[int, int]] = (),
+    ) -> None:
+        """Drop what a run recorded after the checkpoint it resumes from, so that nothing is there twice.
+
+        Prompts are (epoch, index): those from the checkpoint's `cursor` on are admitted again, and so are the
+        `reopened` ones; what became of them at `version` itself, after the checkpoint, is forgotten too.
+        """
+
+        def ended(row: dict[str, Any]) -> bool:
+            prompt = (row["epoch"], row["prompt"])
+            return row["version"] <= version and (cursor is None or prompt < cursor) and prompt not in reopened
+
         _keep(self.metrics, lambda row: row["step"] <= version)
-        _keep(self.ledger, lambda row: row["version"] <= version)
-        for path in self.rollouts.glob("step-*.parquet"):
+        _keep(self.ledger, ended)
+        for path in self.rollouts.glob("*-*.parquet"):
             if int(path.stem.split("-")[1]) > version:
                 path.unlink()
 

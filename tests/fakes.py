@@ -1,0 +1,362 @@
+"""In-process stand-ins for every part the control loop calls, and an event loop whose time costs nothing.
+
+A `Rig` binds them as `control/build.py` binds the actors. Weights travel through the real `WeightSync`.
+"""
+
+import asyncio
+import selectors
+from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import groupby
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+
+from rlsys.config import RunConfig, parse_config
+from rlsys.control.loop import Parts, TrainingLoop
+from rlsys.control.ports import FinishedGroup, FleetStats, Update, WorkerLost
+from rlsys.errors import RewardError
+from rlsys.observability.catalogue import definition
+from rlsys.records import GroupScore, GroupSummary, LearnerStep, Prompt, Rollout, RolloutGroup
+from rlsys.scheduling.ledger import Closed, Ledger
+from rlsys.versions import VersionSpan, WeightManifest
+from rlsys.weights.sync import WeightSync
+from rlsys.weights.transport import WeightTicket
+
+T = TypeVar("T")
+
+
+class Deadlock(Exception):
+    """Every task waits for another one: in a real run, a hang."""
+
+
+class _InstantSelector(selectors.DefaultSelector):
+    now = 0.0
+
+    def select(self, timeout: float | None = None) -> Any:
+        events = super().select(0)
+        if not events and timeout is None:
+            raise Deadlock("every task waits for another one")
+        self.now += 0.0 if events else timeout or 0.0
+        return events
+
+
+class VirtualLoop(asyncio.SelectorEventLoop):
+    """Sleeping takes no time, only advances `time()`; what can never wake up raises `Deadlock`."""
+
+    def __init__(self) -> None:
+        self._instant = _InstantSelector()
+        super().__init__(self._instant)
+
+    def time(self) -> float:
+        return self._instant.now
+
+
+def run(work: Coroutine[Any, Any, T]) -> T:
+    """`asyncio.run` in virtual time."""
+    with asyncio.Runner(loop_factory=VirtualLoop) as runner:
+        return runner.run(work)
+
+
+def now() -> float:
+    return asyncio.get_running_loop().time()
+
+
+def make_prompt(index: int, epoch: int = 0) -> Prompt:
+    return Prompt(epoch=epoch, index=index, text=f"{index}", token_ids=(index,), answer="")
+
+
+def make_ticket(version: int) -> WeightTicket:
+    return WeightTicket(manifest=WeightManifest(version=version, layout=(), nbytes=0, checksum=""), payload=version)
+
+
+def make_rollout(versions: Sequence[int], sample: int = 0) -> Rollout:
+    """A response whose token i was sampled by versions[i]."""
+    spans, start = [], 0
+    for version, tokens in groupby(versions):
+        stop = start + len(list(tokens))
+        spans.append(VersionSpan(start=start, stop=stop, version=version))
+        start = stop
+    return Rollout(
+        sample=sample,
+        response_ids=np.arange(len(versions), dtype=np.int32),
+        behavior_logprobs=np.full(len(versions), -1.0, dtype=np.float32),
+        loss_mask=np.ones(len(versions), dtype=np.bool_),
+        version_spans=tuple(spans),
+        finish_reason="stop",
+        text="",
+    )
+
+
+@dataclass
+class FakeRollout:
+    """Samples one token per `token_s` from the version it serves; takes `apply_s` to serve another one."""
+
+    name: str
+    token_s: float = 0.01
+    tokens: Callable[[int], int] = lambda slot: 4
+    samples: int = 2
+    apply_s: float = 0.0
+    version: int = 0
+    refuse: Callable[[Prompt], Exception | None] = lambda prompt: None
+    silent: bool = False
+    """Whether it no longer answers health calls."""
+    alive: bool = True
+    begun: list[tuple[int, int]] = field(default_factory=list)
+    served: list[int] = field(default_factory=list)
+    generated: int = 0
+
+    def kill(self) -> None:
+        self.alive = False
+
+    def _require_alive(self) -> None:
+        if not self.alive:
+            raise WorkerLost(f"{self.name} was killed")
+
+    async def generate(self, slot: int, attempt: int, prompt: Prompt) -> tuple[GroupSummary, RolloutGroup]:
+        self._require_alive()
+        self.begun.append((slot, attempt))
+        if error := self.refuse(prompt):
+            raise error
+        started, versions = now(), list[int]()
+        for _ in range(self.tokens(slot)):
+            await asyncio.sleep(self.token_s)
+            self._require_alive()
+            versions.append(self.version)
+            self.generated += self.samples
+        group = RolloutGroup(
+            slot=slot,
+            attempt=attempt,
+            worker=self.name,
+            prompt=prompt,
+            rollouts=tuple(make_rollout(versions, sample) for sample in range(self.samples)),
+            started_at=started,
+            finished_at=now(),
+        )
+        return group.summary(), group
+
+    async def greedy(self, prompts: Sequence[Prompt]) -> tuple[list[GroupSummary], list[RolloutGroup]]:
+        results = [await self.generate(-1, 0, prompt) for prompt in prompts]
+        return [summary for summary, _ in results], [group for _, group in results]
+
+    async def stats(self) -> FleetStats:
+        self._require_alive()
+        if self.silent:
+            await asyncio.Event().wait()
+        return FleetStats(generated_tokens=self.generated, busy_s=now(), paused_s=0.0, workers=1)
+
+    async def apply(self, ticket: WeightTicket) -> float:
+        """As `weights.sync.Applier`."""
+        await asyncio.sleep(self.apply_s)
+        self._require_alive()
+        self.version = ticket.manifest.version
+        self.served.append(self.version)
+        return 0.0
+
+
+@dataclass
+class FakeRewards:
+    """One point for everything; `fail` names what goes wrong with a group instead."""
+
+    fail: Callable[[RolloutGroup], Exception | None] = lambda group: None
+    score_s: float = 0.0
+
+    async def score(self, payload: RolloutGroup) -> GroupScore:
+        await asyncio.sleep(self.score_s)
+        if error := self.fail(payload):
+            raise error
+        rewards = np.ones(len(payload.rollouts), dtype=np.float32)
+        return GroupScore(slot=payload.slot, attempt=payload.attempt, rewards=rewards, scored_at=now())
+
+    async def score_all(self, payload: Sequence[RolloutGroup]) -> list[GroupScore]:
+        return [await self.score(group) for group in payload]
+
+
+@dataclass(frozen=True)
+class Consumed:
+    """A batch as the learner got it: its own version then, and the age of every token."""
+
+    version: int
+    slots: list[int]
+    ages: list[int]
+    at: float
+
+
+@dataclass
+class FakeLearner:
+    """Counts versions. `refuse`: calls (from 0) whose batch it does not apply; `fail`: call -> error."""
+
+    version: int = 0
+    step_s: float = 0.01
+    refuse: Iterable[int] = ()
+    fail: Mapping[int, Exception] = field(default_factory=dict)
+    batches: list[Consumed] = field(default_factory=list)
+    saved: list[tuple[Path, dict[str, Any]]] = field(default_factory=list)
+
+    async def update(self, batch: Sequence[FinishedGroup], reference: Any) -> Update:
+        call = len(self.batches)
+        groups: list[RolloutGroup] = [group.payload for group in batch]
+        versions = [v for group in groups for r in group.rollouts for v in r.token_versions().tolist()]
+        ages = [self.version - version for version in versions]
+        self.batches.append(Consumed(self.version, [group.slot for group in groups], ages, now()))
+        await asyncio.sleep(self.step_s)
+        if call in self.fail:
+            raise self.fail[call]
+        applied = call not in self.refuse
+        self.version += applied
+        step = LearnerStep(
+            version=self.version, applied=applied, metrics={"reward/mean": 1.0}, trained_tokens=len(ages), seconds=1.0
+        )
+        return Update(step=step, ticket=make_ticket(self.version), arrays=None)
+
+    async def publish(self) -> WeightTicket:
+        return make_ticket(self.version)
+
+    async def save(self, directory: Path, extra: Mapping[str, Any]) -> None:
+        await asyncio.sleep(self.step_s)
+        self.saved.append((directory, dict(extra)))
+
+
+class FakeReference:
+    """Scores at once; the payload is the slots it scored."""
+
+    def score(self, payloads: Sequence[RolloutGroup]) -> list[int]:
+        return [group.slot for group in payloads]
+
+
+@dataclass
+class FakeRecorder:
+    write_s: float = 0.0
+    files: list[tuple[str, int, list[int]]] = field(default_factory=list)
+
+    async def write(self, name: str, version: int, batch: Sequence[FinishedGroup], arrays: Any) -> None:
+        await asyncio.sleep(self.write_s)
+        self.files.append((name, version, [group.summary.slot for group in batch]))
+
+
+@dataclass
+class FakeJournal:
+    """Refuses metrics without a definition, as the real one does."""
+
+    rows: list[tuple[int, dict[str, float | None]]] = field(default_factory=list)
+    events: list[tuple[str, str]] = field(default_factory=list)
+    closed: list[Closed] = field(default_factory=list)
+
+    def step(self, version: int, metrics: Mapping[str, float | None]) -> None:
+        for name in metrics:
+            definition(name)
+        self.rows.append((version, dict(metrics)))
+
+    def event(self, kind: str, message: str) -> None:
+        self.events.append((kind, message))
+
+    @property
+    def steps(self) -> list[int]:
+        """Versions of the learner steps' rows, in the order written."""
+        return [version for version, metrics in self.rows if "reward/mean" in metrics]
+
+    @property
+    def evaluations(self) -> list[int]:
+        return [version for version, metrics in self.rows if "eval/accuracy" in metrics]
+
+
+@dataclass
+class FakePrompts:
+    index: int = 0
+
+    def __next__(self) -> Prompt:
+        self.index += 1
+        return make_prompt(self.index - 1)
+
+    def state(self) -> dict[str, object]:
+        return {"epoch": 0, "index": self.index}
+
+
+def make_config(directory: Path, *overrides: str) -> RunConfig:
+    """Two prompts a step, two samples each, and nothing that starts by itself."""
+    small = ("rollout.prompts_per_step=2", "rollout.samples_per_prompt=2", "learner.steps=6", "eval.every=0")
+    return parse_config({"task": {"name": "arithmetic"}, "run_dir": str(directory)}, [*small, *overrides])
+
+
+@dataclass
+class Rig:
+    """A control loop and the fakes it works with; change them before `run`."""
+
+    config: RunConfig
+    workers: list[FakeRollout] = field(default_factory=lambda: [FakeRollout("a")])
+    rewards: FakeRewards = field(default_factory=FakeRewards)
+    learner: FakeLearner = field(default_factory=FakeLearner)
+    recorder: FakeRecorder = field(default_factory=FakeRecorder)
+    journal: FakeJournal = field(default_factory=FakeJournal)
+    prompts: FakePrompts = field(default_factory=FakePrompts)
+    reference: FakeReference | None = None
+    reopened: Sequence[Prompt] = ()
+    eval_prompts: Sequence[Prompt] = ()
+    first_id: int = 0
+
+    def __post_init__(self) -> None:
+        self.weights = WeightSync(timeout_s=self.config.weights.timeout_s)
+        self.ledger = Ledger(
+            capacity=self.config.slots,
+            window=self.config.staleness.window,
+            on_close=self.journal.closed.append,
+            first_id=self.first_id,
+        )
+
+    def make(self) -> TrainingLoop:
+        parts = Parts(
+            prompts=self.prompts,
+            rollouts={worker.name: worker for worker in self.workers},
+            rewards=self.rewards,
+            reference=self.reference,
+            learner=self.learner,
+            weights=self.weights,
+            recorder=self.recorder,
+            journal=self.journal,
+        )
+        return TrainingLoop(
+            self.config,
+            parts,
+            ledger=self.ledger,
+            eval_prompts=self.eval_prompts,
+            version=self.learner.version,
+            reopened=self.reopened,
+        )
+
+    def run(self, during: Callable[[TrainingLoop], Coroutine[Any, Any, None]] | None = None) -> TrainingLoop:
+        """Run to the end beside `during(loop)`; whatever the end, no task of the loop may outlive it."""
+
+        async def main() -> TrainingLoop:
+            for worker in self.workers:
+                await self.weights.add(worker.name, worker)
+            self.loop = self.make()
+            beside = asyncio.create_task(during(self.loop)) if during else None
+            mine = asyncio.all_tasks()
+            try:
+                await self.loop.run()
+            finally:
+                left = asyncio.all_tasks() - mine
+                assert not left, f"left behind: {left}"
+                if beside is not None:
+                    beside.cancel()
+                for worker in self.workers:
+                    await self.weights.remove(worker.name)
+            return self.loop
+
+        return run(main())
+
+    @property
+    def trained(self) -> list[int]:
+        """Slots in the order of the batches that held them."""
+        return [slot for batch in self.learner.batches for slot in batch.slots]
+
+    @property
+    def ends(self) -> dict[str, int]:
+        """Ended slots by reason, without the reasons nobody had."""
+        return {end.value: count for end, count in self.ledger.ended.items() if count}
+
+
+def broken_reward(*slots: int) -> Callable[[RolloutGroup], Exception | None]:
+    """Rewards that fail for these slots; for all, if none is named."""
+    return lambda group: RewardError(f"no reward for {group.slot}") if not slots or group.slot in slots else None
