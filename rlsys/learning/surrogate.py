@@ -18,9 +18,6 @@ class Surrogate:
     def __init__(self, objective: ObjectiveConfig, kl: KLConfig) -> None:
         self._objective, self._kl = objective, kl
         self._options = objective.options()
-        if "clip" in self._options:
-            clip = self._options.pop("clip")
-            self._options |= {"clip_low": clip, "clip_high": clip}
 
     @property
     def correction_needs_batch(self) -> bool:
