@@ -13,15 +13,16 @@ import asyncio
 import logging
 from collections.abc import Coroutine, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 from rlsys.config.schema import RunConfig
 from rlsys.control.evaluation import evaluate, scored
 from rlsys.control.ports import (
     FinishedGroup,
-    FleetStats,
+    Journal,
     LearnerPort,
     Payload,
+    Prompts,
     RecorderPort,
     ReferencePort,
     RewardPort,
@@ -30,11 +31,11 @@ from rlsys.control.ports import (
     WeightsPort,
     WorkerLost,
 )
-from rlsys.control.progress import Progress, StepClock, ledger_metrics
+from rlsys.control.progress import Progress, StepClock, ask_fleet, ledger_metrics, sync_metrics
 from rlsys.errors import ClusterError, EngineError, PromptRefused, RewardError, StalenessViolation
 from rlsys.records import Prompt
 from rlsys.scheduling.ledger import End, Ledger, Slot
-from rlsys.scheduling.routing import Router, Worker
+from rlsys.scheduling.routing import Router, Worker, groups_per_worker
 from rlsys.scheduling.signal import Signal
 from rlsys.versions import PolicyVersion
 from rlsys.weights.transport import WeightTicket
@@ -47,31 +48,8 @@ MAX_FAILED_IN_A_ROW = 16
 MAX_ATTEMPTS = 5
 """Workers that one prompt may cost before it is given up: it could be the one that kills them."""
 
-STATS_TIMEOUT_S = 5.0
-"""A worker that does not answer within this time is left out of a step's rates."""
-
 RECORDS_AHEAD = 8
 """Steps that may wait to be written down; then the learner waits, so that batches do not fill the memory."""
-
-
-class Prompts(Protocol):
-    """An endless, resumable source of prompts."""
-
-    def __next__(self) -> Prompt:
-        """The next prompt."""
-
-    def state(self) -> Mapping[str, object]:
-        """Where it stands, for a checkpoint."""
-
-
-class Journal(Protocol):
-    """Where a run's history goes."""
-
-    def step(self, version: PolicyVersion, metrics: Mapping[str, float | None]) -> None:
-        """One learner step."""
-
-    def event(self, kind: str, message: str) -> None:
-        """Something a person should read."""
 
 
 @dataclass(slots=True)
@@ -113,7 +91,8 @@ class TrainingLoop:
         self.config = config
         self.parts = parts
         self.ledger = ledger
-        self.router = Router(max_lag=config.staleness.lag, capacity=_groups_per_worker(config))
+        capacity = groups_per_worker(config.rollout.max_concurrent_sequences, config.rollout.samples_per_prompt)
+        self.router = Router(max_lag=config.staleness.lag, capacity=capacity)
         self.progress = Progress(version=version)
         self._eval_prompts = eval_prompts
         self._reopened = list(reopened)
@@ -151,7 +130,7 @@ class TrainingLoop:
                 await self._publish(await self.parts.learner.publish())
                 await self._settle_publication()
                 await self._evaluate()
-                self._clock = StepClock(await self.fleet_stats())
+                self._clock = StepClock(await ask_fleet(self.parts.rollouts))
                 for loop in (self._admit, self._roll_out, self._assemble, self._keep_records):
                     self._spawn(loop(), loop.__name__)
                 try:
@@ -348,9 +327,10 @@ class TrainingLoop:
         metrics = {
             **update.step.metrics,
             **timing,
-            **self._clock.fleet(await self.fleet_stats()),
-            **self._sync_metrics(update),
-            **{f"ledger/{name}": float(count) for name, count in ledger_metrics(self.ledger).items()},
+            **self._clock.fleet(await ask_fleet(self.parts.rollouts)),
+            **sync_metrics(update, self.progress),
+            **ledger_metrics(self.ledger),
+            "weight_sync/serving_lag_max": float(self.router.serving_lag_max(self.version)),
             "staleness/bound": float(self.config.staleness.max),
             "workers/rollout/desired": float(self.config.rollout.workers),
             "workers/rollout/ready": float(len(self.parts.rollouts)),
@@ -360,29 +340,6 @@ class TrainingLoop:
         every = self.config.records.rollouts_every
         if recorder is not None and every and version % every == 0:
             await recorder.write(f"step-{version:06d}", version, batch.groups, update.arrays)
-
-    def _sync_metrics(self, update: Update) -> dict[str, float | None]:
-        acks = list(self.progress.acks.values())
-        return {
-            "weight_sync/publish_s": update.ticket.publish_s,
-            "weight_sync/bytes": float(update.ticket.manifest.nbytes),
-            "weight_sync/apply_s": max((a.apply_s for a in acks), default=None),
-            "weight_sync/acked": float(sum(a.version >= self.progress.published_version for a in acks)),
-            "weight_sync/serving_lag_max": float(self.router.serving_lag_max(self.version)),
-        }
-
-    async def fleet_stats(self) -> dict[str, FleetStats]:
-        """Counters by rollout worker; one that is gone or does not answer is left out."""
-
-        async def ask(port: RolloutPort) -> FleetStats | None:
-            try:
-                return await asyncio.wait_for(port.stats(), STATS_TIMEOUT_S)
-            except (WorkerLost, TimeoutError):
-                return None
-
-        ports = dict(self.parts.rollouts)
-        answers = await asyncio.gather(*map(ask, ports.values()))
-        return {name: stats for name, stats in zip(ports, answers, strict=True) if stats is not None}
 
     async def _evaluate(self) -> None:
         """Greedy accuracy on the held-out prompts, through the rollout workers; once per version, one at a time.
@@ -441,9 +398,3 @@ def _first(failures: BaseExceptionGroup[BaseException]) -> BaseException:
     """What went wrong first: the others fell because it did."""
     first = failures.exceptions[0]
     return _first(first) if isinstance(first, BaseExceptionGroup) else first
-
-
-def _groups_per_worker(config: RunConfig) -> int:
-    """Enough queued groups to keep a worker's batch full while results travel."""
-    rollout = config.rollout
-    return max(2, -(-3 * rollout.max_concurrent_sequences // (2 * rollout.samples_per_prompt)))

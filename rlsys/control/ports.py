@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from rlsys.records import GroupScore, GroupSummary, LearnerStep, Prompt
+from rlsys.versions import PolicyVersion
 from rlsys.weights.sync import Ack
 from rlsys.weights.transport import WeightTicket
 
@@ -107,3 +108,23 @@ class RecorderPort(Protocol):
 
     async def write(self, name: str, version: int, batch: Sequence[FinishedGroup], arrays: Payload) -> None:
         """One parquet file, `name` without its suffix."""
+
+
+class Prompts(Protocol):
+    """An endless, resumable source of prompts."""
+
+    def __next__(self) -> Prompt:
+        """The next prompt."""
+
+    def state(self) -> Mapping[str, object]:
+        """Where it stands, for a checkpoint."""
+
+
+class Journal(Protocol):
+    """Where a run's history goes."""
+
+    def step(self, version: PolicyVersion, metrics: Mapping[str, float | None]) -> None:
+        """One learner step."""
+
+    def event(self, kind: str, message: str) -> None:
+        """Something a person should read."""

@@ -1,11 +1,12 @@
 """Where a run stands, and the rates between two of its steps."""
 
+import asyncio
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from rlsys.control.evaluation import Evaluation
-from rlsys.control.ports import FleetStats
+from rlsys.control.ports import FleetStats, RolloutPort, Update, WorkerLost
 from rlsys.records import LearnerStep
 from rlsys.scheduling.ledger import Ledger
 from rlsys.versions import PolicyVersion
@@ -22,6 +23,9 @@ class Progress:
     acks: dict[str, Ack] = field(default_factory=dict)
     evaluations: dict[PolicyVersion, Evaluation] = field(default_factory=dict)
 
+
+STATS_TIMEOUT_S = 5.0
+"""A worker that does not answer within this time is left out of a step's rates."""
 
 _NOTHING = FleetStats(generated_tokens=0, busy_s=0.0, paused_s=0.0, workers=0)
 
@@ -71,9 +75,34 @@ class StepClock:
         }
 
 
-def ledger_metrics(ledger: Ledger) -> dict[str, int]:
+async def ask_fleet(workers: Mapping[str, RolloutPort]) -> dict[str, FleetStats]:
+    """Counters by rollout worker; one that is gone or does not answer is left out."""
+
+    async def ask(port: RolloutPort) -> FleetStats | None:
+        try:
+            return await asyncio.wait_for(port.stats(), STATS_TIMEOUT_S)
+        except (WorkerLost, TimeoutError):
+            return None
+
+    names, ports = list(workers), list(workers.values())
+    answers = await asyncio.gather(*map(ask, ports))
+    return {name: stats for name, stats in zip(names, answers, strict=True) if stats is not None}
+
+
+def sync_metrics(update: Update, progress: Progress) -> dict[str, float | None]:
+    """How the newest versions travelled: from the learner's ticket and every worker's latest acknowledgement."""
+    acks = list(progress.acks.values())
+    return {
+        "weight_sync/publish_s": update.ticket.publish_s,
+        "weight_sync/bytes": float(update.ticket.manifest.nbytes),
+        "weight_sync/apply_s": max((a.apply_s for a in acks), default=None),
+        "weight_sync/acked": float(sum(a.version >= progress.published_version for a in acks)),
+    }
+
+
+def ledger_metrics(ledger: Ledger) -> dict[str, float | None]:
     """Groups by state, and ended ones by outcome."""
     counts = ledger.counts()
-    rejected = sum(count for name, count in counts.items() if str(name).startswith(("rejected", "failed")))
-    names = ("waiting", "in_flight", "finished", "trained", "lost", "admitted")
-    return {**{name: counts[name] for name in names}, "rejected": rejected}
+    rejected = sum(count for name, count in counts.items() if name.startswith(("rejected", "failed")))
+    names = ("waiting", "in_flight", "finished", "learning", "trained", "lost", "admitted")
+    return {**{f"ledger/{name}": float(counts[name]) for name in names}, "ledger/rejected": float(rejected)}

@@ -54,3 +54,14 @@ class Router:
         """Versions the slowest serving worker is behind the learner; 0 without workers."""
         lags = [learner_version - w.serving_version for w in self.workers.values() if w.serving_version is not None]
         return max(lags, default=0)
+
+
+def groups_per_worker(sequences: int, samples: int) -> int:
+    """Groups of `samples` that a worker decoding `sequences` at once may hold: 1½ times what it decodes, at least 2.
+
+    So its batch stays full while results travel.
+
+    >>> groups_per_worker(256, 8)
+    48
+    """
+    return max(2, -(-3 * sequences // (2 * samples)))
