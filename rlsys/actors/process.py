@@ -38,7 +38,7 @@ def assign_cores(cores: list[int], role: Role, *, index: int, threads: int) -> l
     shared, own = cores[:-threads], cores[-threads:]
     if role == "learner":
         return own
-    return [shared[index % len(shared)]] if role == "rollout" else shared
+    return [shared[index % len(shared)]] if role == "rollout" else cores
 
 
 def _bind(thread: int, cores: list[int]) -> None:

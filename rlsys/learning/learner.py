@@ -116,7 +116,7 @@ class Learner:
             for name in ("fed_tokens", "padded_tokens", "sequence_tokens")
         )
         metrics: Metrics = {
-            **step_metrics(batch, results, staleness, advantage, self._surrogate.truncation_cap),
+            **step_metrics(batch, results, staleness, advantage, bound=self._bound, cap=self._surrogate.truncation_cap),
             "kl/coef": kl_coef,
             "policy/grad_norm": sum(norms) / len(norms),
             "policy/loss": loss,

@@ -56,15 +56,21 @@ class TokenResults:
 
 
 def step_metrics(
-    batch: FlatBatch, results: TokenResults, staleness: Staleness, advantage: AdvantageOutput, cap: float | None
+    batch: FlatBatch,
+    results: TokenResults,
+    staleness: Staleness,
+    advantage: AdvantageOutput,
+    *,
+    bound: int,
+    cap: float | None,
 ) -> Metrics:
-    """All but the optimizer's own numbers. cap: where the correction truncates weights, or None."""
+    """All but the optimizer's own numbers. bound: of the staleness; cap: where the correction truncates weights."""
     mask, advantages = batch.loss_mask, advantage.advantages
     lengths = segment_sum(mask.long(), batch.response_index, batch.responses)
     trained = lengths > 0
     return {
         **reward_metrics(batch.rewards),
-        **staleness_metrics(staleness, mask),
+        **staleness_metrics(staleness, mask, bound),
         **weight_diagnostics(
             results.policy_logprobs - batch.behavior_logprobs,
             mask,
@@ -103,13 +109,14 @@ def reward_metrics(rewards: Tensor) -> Metrics:
     }
 
 
-def staleness_metrics(staleness: Staleness, mask: Tensor) -> Metrics:
+def staleness_metrics(staleness: Staleness, mask: Tensor, bound: int) -> Metrics:
     """Over trained tokens, in versions; p95 is the smallest age that covers 95% of them."""
     ages = staleness.total[mask]
     return {
         "staleness/mean": _mean(ages),
         "staleness/p95": float(ages.sort().values[math.ceil(0.95 * len(ages)) - 1]) if len(ages) else None,
         "staleness/max": float(ages.max()) if len(ages) else None,
+        "staleness/violations": float((ages > bound).sum()),
         "staleness/in_flight/mean": _mean(staleness.in_flight[mask]),
         "staleness/in_queue/mean": _mean(staleness.in_queue[mask]),
     }

@@ -1,0 +1,54 @@
+"""Measuring on noisy machines: alternate what is compared, quote medians and ratios, keep every sample."""
+
+import json
+import os
+import platform
+import statistics
+import sys
+from collections.abc import Callable, Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+BASELINES = Path(__file__).parent / "baselines"
+
+
+def interleave(measurements: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
+    """Call every measurement once a round, after one round that does not count."""
+    samples: dict[str, list[float]] = {name: [] for name in measurements}
+    for round_ in range(rounds + 1):
+        for name, measure in measurements.items():
+            value = measure()
+            if round_:
+                samples[name].append(value)
+        say(f"round {round_}/{rounds}  " + "  ".join(f"{n} {v[-1]:.4g}" for n, v in samples.items() if v))
+    return samples
+
+
+def ratios(above: list[float], below: list[float]) -> list[float]:
+    """Ratio round by round: a machine that slows down slows both."""
+    return [a / b for a, b in zip(above, below, strict=True)]
+
+
+def summary(samples: list[float]) -> dict[str, float]:
+    """Median, extremes and count."""
+    return {"median": statistics.median(samples), "min": min(samples), "max": max(samples), "n": len(samples)}
+
+
+def keep(name: str, command: str, result: Mapping[str, Any]) -> None:
+    """Write a baseline, with where it was measured."""
+    BASELINES.mkdir(exist_ok=True)
+    environment = {
+        "cpus": len(os.sched_getaffinity(0)),
+        "machine": platform.machine(),
+        "python": platform.python_version(),
+        **{package: version(package) for package in ("torch", "ray", "transformers")},
+    }
+    path = BASELINES / f"{name}.json"
+    path.write_text(json.dumps({"command": command, "environment": environment, **result}, indent=1) + "\n")
+    say(f"kept in benchmarks/baselines/{path.name}")
+
+
+def say(message: str) -> None:
+    """A line of progress."""
+    sys.stderr.write(message + "\n")

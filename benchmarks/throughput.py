@@ -1,0 +1,206 @@
+"""How much does the system cost? Tokens per second of the parts alone and together.
+
+    python -m benchmarks.throughput [--rounds 5]
+
+Four measurements, alternating on one Ray cluster, pinned as a run pins them:
+  bare      the engine driven by a plain loop on the rollout core, no actor
+  rollout   the same work through a rollout actor
+  learner   the learner actor fed one recorded batch over and over
+  pipeline  the whole control loop: admission, rollout, rewards, reference, learner, weight sync, records
+"""
+
+import argparse
+import asyncio
+import os
+import shutil
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from benchmarks.common import interleave, keep, ratios, say, summary
+from rlsys.config import load_config
+from rlsys.config.schema import RunConfig
+
+STEPS = 24
+GROUPS = 256
+
+
+def main() -> None:
+    """Measure, print, keep."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--config", default="configs/quickstart.yaml")
+    parser.add_argument("--name", default="throughput")
+    arguments, overrides = parser.parse_known_args()
+    scratch = Path(tempfile.mkdtemp())
+    config = load_config(
+        arguments.config, [f"run_dir={scratch}", "checkpoint.every=0", "eval.max_prompts=8", *overrides]
+    )
+    try:
+        result = measure(config, arguments.rounds)
+    finally:
+        shutil.rmtree(scratch)
+    extra = "".join(f" {o}" for o in overrides)
+    keep(arguments.name, f"python -m benchmarks.throughput --rounds {arguments.rounds}{extra}", result)
+
+
+def measure(config: RunConfig, rounds: int) -> dict[str, Any]:
+    """All measurements of one configuration."""
+    from rlsys.control.cluster import cluster
+    from rlsys.control.lifecycle import initial_model
+
+    path = initial_model(config)
+    with cluster(config):
+        bench = Bench(config, path)
+        samples = interleave(
+            {"bare": bench.bare, "rollout": bench.rollout, "learner": bench.learner, "pipeline": bench.pipeline}, rounds
+        )
+    limits = [min(r, t) for r, t in zip(samples["rollout"], samples["learner"], strict=True)]
+    found = {
+        "rollout_over_bare": ratios(samples["rollout"], samples["bare"]),
+        "pipeline_over_limit": ratios(samples["pipeline"], limits),
+        "learner_idle_fraction": bench.idle[1:],
+        "pause_fraction": bench.paused[1:],
+    }
+    for name, values in {**samples, **found}.items():
+        say(f"{name:<24} {summary(values)}")
+    return {"samples": samples, "ratios": found, "summary": {n: summary(v) for n, v in {**samples, **found}.items()}}
+
+
+class Bench:
+    """One engine in this process and one fleet of actors, used in turn."""
+
+    def __init__(self, config: RunConfig, path: str) -> None:
+        from rlsys.actors.process import assign_cores, settle
+        from rlsys.control import remote
+        from rlsys.control.build import start_actors
+        from rlsys.control.preflight import load_prompts
+        from rlsys.observability.run_directory import RunDirectory
+
+        self.config, self.path = config, path
+        self.fleet = start_actors(config, path, None, 0)
+        self.prompts = load_prompts(config, path)
+        RunDirectory(config.path).create("")
+        settle("other", pin=False)
+        cores = sorted(os.sched_getaffinity(0))
+        os.sched_setaffinity(0, assign_cores(cores, "rollout", index=0, threads=1))
+        from rlsys.engines.vllm_engine import VllmEngine
+
+        self.engine = VllmEngine(path, config.model, config.rollout, seed=0)
+        os.sched_setaffinity(0, cores)
+        self.cores = cores
+        self.batch: list[Any] = []
+        self.version = 0
+        self.idle: list[float] = []
+        self.paused: list[float] = []
+        fleet = self.fleet
+        ready = [fleet.learner.version.remote(), *(w.stats.remote() for w in fleet.rollouts.values())]
+        asyncio.run(remote.all_ready(ready))
+        for name, handle in fleet.rollouts.items():
+            asyncio.run(remote.all_ready([fleet.weights.add.remote(name, handle)]))
+
+    def bare(self) -> float:
+        """Generated tokens per second of the engine in a plain loop."""
+        from rlsys.engines.protocol import Sampling
+
+        rollout = self.config.rollout
+        sampling = Sampling(max_new_tokens=rollout.max_new_tokens, temperature=rollout.temperature)
+        prompts = [next(self.prompts.source) for _ in range(GROUPS)]
+        os.sched_setaffinity(0, {self.cores[0]})
+        start, tokens = time.perf_counter(), 0
+        for i, prompt in enumerate(prompts):
+            self.engine.add(f"{start}-{i}", prompt.token_ids, rollout.samples_per_prompt, sampling)
+        while self.engine.busy:
+            tokens += sum(len(r.response_ids) for _, responses in self.engine.step() for r in responses)
+        seconds = time.perf_counter() - start
+        os.sched_setaffinity(0, self.cores)
+        return tokens / seconds
+
+    def rollout(self) -> float:
+        """Generated tokens per second through the rollout actors."""
+        from rlsys.control.remote import RemoteRollout
+
+        ports = [RemoteRollout(handle) for handle in self.fleet.rollouts.values()]
+        prompts = [next(self.prompts.source) for _ in range(GROUPS)]
+
+        async def generate() -> list[Any]:
+            return await asyncio.gather(*(ports[i % len(ports)].generate(i, 1, p) for i, p in enumerate(prompts)))
+
+        start = time.perf_counter()
+        groups = asyncio.run(generate())
+        seconds = time.perf_counter() - start
+        self.batch = groups[: self.config.rollout.prompts_per_step]
+        return sum(summary.tokens for summary, _ in groups) / seconds
+
+    def learner(self) -> float:
+        """Trained response tokens per second of the learner alone, on a batch the actors just made."""
+        import ray
+
+        from rlsys.control.ports import FinishedGroup
+        from rlsys.control.remote import RemoteLearner
+
+        payloads = [payload for _, payload in self.batch]
+        scores = ray.get([self.fleet.rewards[0].score.remote(p) for p in payloads])
+        reference = self.fleet.reference.score.remote(*payloads) if self.fleet.reference is not None else None
+        ray.wait([reference] if reference is not None else [ray.put(0)])
+        port = RemoteLearner(self.fleet.learner)
+        batch = [
+            FinishedGroup(summary=summary, score=score, payload=payload)
+            for (summary, payload), score in zip(self.batch, scores, strict=True)
+        ]
+
+        async def train() -> float:
+            tokens, start = 0, time.perf_counter()
+            for _ in range(self.config.staleness.max):  # the batch may not grow staler than that
+                update = await port.update(batch, reference)
+                tokens += update.step.trained_tokens
+                self.version = update.step.version
+                ticket = update.ticket
+            rate = tokens / (time.perf_counter() - start)
+            await self.fleet.weights.publish.remote(ticket)
+            return rate
+
+        return asyncio.run(train())
+
+    def pipeline(self) -> float:
+        """Trained response tokens per second of the whole loop, over the steps after the first five."""
+        from rlsys.control import remote
+        from rlsys.control.loop import Parts, TrainingLoop
+        from rlsys.observability.run_directory import RunDirectory
+        from rlsys.observability.sinks import RunJournal
+        from rlsys.scheduling.ledger import Ledger
+
+        config = self.config.model_copy(
+            update={"learner": self.config.learner.model_copy(update={"steps": self.version + STEPS})}
+        )
+        fleet, directory = self.fleet, RunDirectory(config.path)
+        journal = RunJournal(directory, tensorboard=config.records.tensorboard)
+        parts = Parts(
+            prompts=self.prompts.source,
+            rollouts={name: remote.RemoteRollout(handle) for name, handle in fleet.rollouts.items()},
+            rewards=remote.RemoteRewards(fleet.rewards),
+            reference=remote.RemoteReference(fleet.reference) if fleet.reference is not None else None,
+            learner=remote.RemoteLearner(fleet.learner),
+            weights=remote.RemoteWeights(fleet.weights),
+            recorder=remote.RemoteRecorder(fleet.recorder),
+            journal=journal,
+        )
+
+        async def run() -> None:
+            ledger = Ledger(capacity=config.slots, window=config.staleness.window)
+            loop = TrainingLoop(config, parts, ledger=ledger, eval_prompts=self.prompts.held_out, version=self.version)
+            await loop.run()
+
+        first = self.version
+        asyncio.run(run())
+        self.version = config.learner.steps
+        rows = [r for r in directory.rows() if "reward/mean" in r and r["step"] > first + 5]
+        seconds = sum(r["throughput/step_s"] for r in rows)
+        self.idle.append(sum(r["throughput/learner_idle_s"] for r in rows) / seconds)
+        self.paused.append(sum(r["weight_sync/pause_s"] for r in rows) / seconds)
+        return sum(r["throughput/trained_tokens_per_s"] * r["throughput/step_s"] for r in rows) / seconds
+
+
+if __name__ == "__main__":
+    main()
