@@ -133,7 +133,7 @@ def prune(run_dir: Path, keep: int) -> list[Path]:
     return outdated
 
 
-def write_atomically(directory: Path, write: Callable[[Path], None], *, replace: bool = True) -> None:
+def write_atomically(directory: Path, write: Callable[[Path], object], *, replace: bool = True) -> None:
     """Let `write` fill a hidden sibling of `directory`, flush it, and give it its name; on an error, remove it.
 
     What had the name before is set aside for the instant between two renames, then deleted; without `replace`

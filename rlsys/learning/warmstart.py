@@ -114,7 +114,8 @@ def train_supervised(
         policy.model.parameters(), lr=config.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True
     )
     order = _epochs(len(questions), config.steps * config.batch_size, seed)
-    warmup = max(1, config.steps // 20)
+    rise = max(1, config.steps // 20)
+    fall = max(1, config.steps - rise)
     for step in range(config.steps):
         chosen = order[step * config.batch_size : (step + 1) * config.batch_size]
         batch = Sequences(
@@ -129,9 +130,7 @@ def train_supervised(
             torch.autograd.backward(part)
             loss += part.item()
         torch.nn.utils.clip_grad_norm_(policy.model.parameters(), 1.0)
-        optimizer.param_groups[0]["lr"] = config.lr * min(
-            (step + 1) / warmup, (config.steps - step) / (config.steps - warmup)
-        )
+        optimizer.param_groups[0]["lr"] = config.lr * min((step + 1) / rise, (config.steps - step) / fall)
         optimizer.step()
         optimizer.zero_grad()
         if progress is not None:

@@ -1,6 +1,6 @@
 """Groups with known tokens, rewards and versions, and what a plain forward pass says about them."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -50,7 +50,7 @@ def make_rollout(
 
 
 def make_group(
-    prompt: Sequence[int], rollouts: Sequence[Rollout], rewards: Sequence[float], slot: int = 0
+    prompt: Sequence[int], rollouts: Sequence[Rollout], rewards: npt.ArrayLike, slot: int = 0
 ) -> ScoredGroup:
     return ScoredGroup(
         group=RolloutGroup(
@@ -98,7 +98,7 @@ def parameters(learner: Learner) -> dict[str, torch.Tensor]:
     return {name: tensor.detach().clone() for name, tensor in learner.named_tensors()}
 
 
-def unpacked_logprobs(learner: Learner, prompt: Sequence[int], response: Sequence[int], temperature: float = 1.0):
+def unpacked_logprobs(learner: Learner, prompt: Sequence[int], response: Iterable[int], temperature: float = 1.0):
     """log π of one response by a plain forward pass over that response alone, with gradient."""
     ids = torch.tensor([[*prompt, *map(int, response)]])
     logits = learner.policy.model(input_ids=ids, use_cache=False).logits[0, len(prompt) - 1 : -1] / temperature
