@@ -43,6 +43,8 @@ class BufferReceiver(WeightTransferEngine[BufferInit, BufferUpdate]):
     init_info_cls = BufferInit
     update_info_cls = BufferUpdate
     supports_draft_weight_update = False
+    _parameters: set[tuple[str, tuple[int, ...]]] | None = None
+    """Name and shape of everything a version consists of, once one was taken."""
 
     def init_transfer_engine(self, init_info: BufferInit) -> None:
         """Nothing to connect."""
@@ -51,12 +53,19 @@ class BufferReceiver(WeightTransferEngine[BufferInit, BufferUpdate]):
         """A single chunk carries the whole version, so there is nothing to prepare."""
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
-        """Serve the buffer's parameters. Raises `WeightSyncError` before anything was changed."""
+        """Serve the buffer's parameters. Raises `WeightSyncError` for a version that is not whole.
+
+        What the first version consists of, every later one must: one that lacks a parameter changes nothing.
+        """
         # vLLM's own method would then synchronise an accelerator; there may be none.
         self.receive_weights(self.parse_update_info(update_info))
 
     def receive_weights(self, update: BufferUpdate) -> None:
         """Point at the buffer, or load from it."""
+        version, parameters = update.manifest.version, {(slot.name, slot.shape) for slot in update.manifest.layout}
+        if self._parameters is not None and (differ := parameters ^ self._parameters):
+            names = ", ".join(sorted({name for name, _ in differ})[:3])
+            raise WeightSyncError(f"version {version}: its parameters differ from those of the version before: {names}")
         views = self._views(update)
         if views is not None:
             for parameter, view in views:
@@ -65,8 +74,9 @@ class BufferReceiver(WeightTransferEngine[BufferInit, BufferUpdate]):
         else:
             slots = update.manifest.layout
             loaded = self.model.load_weights((slot.name, slot.view(update.buffer)) for slot in slots)
-            if not loaded:
-                raise WeightSyncError(f"version {update.manifest.version}: the model loaded no parameter")
+            if missing := {name for name, _ in self.model.named_parameters()} - set(loaded or ()):
+                raise WeightSyncError(f"version {version}: the model still lacks {', '.join(sorted(missing)[:3])}")
+        self._parameters = parameters
 
     def finish_weight_update(self) -> None:
         """The version is complete when `update_weights` returns."""
@@ -100,7 +110,8 @@ def _fused_view(buffer: torch.Tensor, slots: list[TensorSlot], parameter: torch.
     shape, rows = tuple(parameter.shape), sum(slot.shape[0] for slot in slots)
     adjacent = all(a.offset + a.nbytes == b.offset for a, b in pairwise(slots))
     padded = len(slots) == 1 and len(shape) == 2 and rows + -rows % VOCAB_MULTIPLE == shape[0]
-    if not adjacent or shape[1:] != slots[0].shape[1:] or not (rows == shape[0] or padded):
+    inside = slots[0].offset + parameter.nbytes <= buffer.nbytes
+    if not (adjacent and inside) or shape[1:] != slots[0].shape[1:] or not (rows == shape[0] or padded):
         return None
     return slots[0].view(buffer, rows=shape[0])
 

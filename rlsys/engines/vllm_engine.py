@@ -10,15 +10,19 @@ import os
 # Read when vllm is imported. In-process engine; no compiled log-prob rank (20 s at the first request).
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
-os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+# Its warnings are about compilation and preloaded libraries; standard output is for what the command line prints.
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 
 import logging
+import warnings
 
 import numpy as np
 import torch
 from vllm import EngineArgs, LLMEngine, SamplingParams
 from vllm.config import WeightTransferConfig
+from vllm.exceptions import VLLMClientError
 from vllm.model_executor.layers import utils as vllm_linear
 from vllm.outputs import CompletionOutput, RequestOutput
 from vllm.sampling_params import RequestOutputKind
@@ -33,6 +37,9 @@ from rlsys.versions import PolicyVersion, VersionSpan, WeightManifest
 log = logging.getLogger(__name__)
 
 GIB = 1 << 30
+
+# Ray's shared memory is read-only, and nothing here writes to it.
+warnings.filterwarnings("ignore", message="The given buffer is not writable")
 
 
 class VllmEngine:
@@ -60,6 +67,7 @@ class VllmEngine:
             "async_scheduling": False,  # a batch in flight over an update would be labelled with the wrong version
             "logprobs_mode": "processed_logprobs",
             "disable_log_stats": True,
+            "use_tqdm_on_load": False,
             "generation_config": "vllm",  # sampling defaults of the model directory must not leak in
             "weight_transfer_config": WeightTransferConfig(backend=receiver.BACKEND),
             "trust_remote_code": False,
@@ -95,7 +103,7 @@ class VllmEngine:
         )
         try:
             self._engine.add_request(key, {"prompt_token_ids": list(prompt_ids)}, params)
-        except ValueError as error:
+        except (ValueError, VLLMClientError) as error:
             raise EngineError(f"prompt of {len(prompt_ids)} tokens refused: {error}") from error
 
     def step(self) -> list[tuple[str, list[Sampled]]]:
@@ -116,10 +124,10 @@ class VllmEngine:
             self._engine.collective_rpc("finish_weight_update")
         except Exception as error:
             raise WeightSyncError(f"version {manifest.version} was not applied: {error}") from error
-        if self._reset_kv and not self._engine.reset_prefix_cache(reset_running_requests=True):
-            raise WeightSyncError(f"version {manifest.version}: vLLM did not reset its KV cache")
         self._engine.set_weight_version(str(manifest.version))
         self._version = manifest.version
+        if self._reset_kv and not self._engine.reset_prefix_cache(reset_running_requests=True):
+            raise WeightSyncError(f"version {manifest.version}: vLLM did not reset its KV cache")
 
     def shutdown(self) -> None:
         """End vLLM's executor."""
