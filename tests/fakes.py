@@ -115,8 +115,8 @@ class FakeRollout:
             raise WorkerLost(f"{self.name} was killed")
 
     async def generate(self, slot: int, attempt: int, prompt: Prompt) -> tuple[GroupSummary, RolloutGroup]:
-        self._require_alive()
         self.begun.append((slot, attempt))
+        self._require_alive()
         if error := self.refuse(prompt):
             raise error
         started, versions = now(), list[int]()
@@ -294,6 +294,8 @@ class Rig:
     reopened: Sequence[Prompt] = ()
     eval_prompts: Sequence[Prompt] = ()
     first_id: int = 0
+    served: set[str] = field(default_factory=set)
+    """Workers that new versions were sent to when the run ended."""
 
     def __post_init__(self) -> None:
         self.weights = WeightSync(timeout_s=self.config.weights.timeout_s)
@@ -336,7 +338,7 @@ class Rig:
             try:
                 await self.loop.run()
             finally:
-                left = asyncio.all_tasks() - mine
+                left, self.served = asyncio.all_tasks() - mine, set(self.weights._senders)
                 assert not left, f"left behind: {left}"
                 if beside is not None:
                     beside.cancel()

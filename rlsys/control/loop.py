@@ -163,8 +163,8 @@ class TrainingLoop:
         An admission, a returned slot, an acknowledgement or a finished group unblocks it.
         """
         while True:
-            await self._signal.until(lambda: self.ledger.next_waiting() is not None and self._route() is not None)
-            slot, worker = self.ledger.next_waiting(), self._route()
+            await self._signal.until(lambda: None not in (self.ledger.next_waiting(), self.router.choose(self.version)))
+            slot, worker = self.ledger.next_waiting(), self.router.choose(self.version)
             assert slot is not None
             assert worker is not None
             attempt = self.ledger.start(slot.id, worker.name)
@@ -254,9 +254,6 @@ class TrainingLoop:
                 self._finished[slot.id] = FinishedGroup(summary=summary, score=score, payload=payload)
         self._signal.notify()
 
-    def _route(self) -> Worker | None:
-        return self.router.choose(self.version)
-
     def _fail(self, slot: Slot, attempt: int, end: End, error: RewardError | EngineError) -> None:
         if not self.ledger.fail(slot.id, attempt, end, self.version):
             return
@@ -278,6 +275,7 @@ class TrainingLoop:
         if self.parts.rollouts.pop(name, None) is not None:
             self.router.remove(name)
             self.progress.acks.pop(name, None)
+            self._spawn(self.parts.weights.remove(name), f"forget {name}")
             self.parts.journal.event("worker_lost", f"{name}: {error}")
         if not self.parts.rollouts:
             raise ClusterError(f"no rollout worker is left; the last one, {name}, died: {error}") from error

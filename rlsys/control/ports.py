@@ -102,6 +102,9 @@ class WeightsPort(Protocol):
     async def acks(self, cursor: int) -> list[Ack]:
         """Acknowledgements after the first `cursor` ones; waits for one."""
 
+    async def remove(self, name: str) -> None:
+        """A worker left; nothing is sent to it any more."""
+
 
 class RecorderPort(Protocol):
     """Writes what happened to every token of a batch."""

@@ -133,6 +133,10 @@ class RemoteWeights:
         acks: list[Ack] = await call(self._handle.acks.remote(cursor))
         return acks
 
+    async def remove(self, name: str) -> None:
+        """See `WeightsPort`."""
+        await call(self._handle.remove.remote(name))
+
 
 class RemoteRecorder:
     """The recorder actor."""
