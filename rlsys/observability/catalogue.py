@@ -111,7 +111,10 @@ CATALOGUE: dict[str, Metric] = {metric.name: metric for metric in _METRICS}
 
 def definition(key: str) -> Metric:
     """The metric behind a key, restricted or not. Raises KeyError for a name nobody defined."""
-    name, kind, part = _RESTRICTED.fullmatch(key).groups()  # type: ignore[union-attr]
+    match = _RESTRICTED.fullmatch(key)
+    if match is None:
+        raise KeyError(key)
+    name, kind, part = match.groups()
     metric = CATALOGUE[name]
     if kind and not (getattr(metric, kind) and part in PARTS[kind]):
         raise KeyError(key)

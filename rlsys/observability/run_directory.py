@@ -87,6 +87,7 @@ class RunDirectory:
 
         _keep(self.metrics, lambda row: row["step"] <= version)
         _keep(self.ledger, ended)
+        _keep(self.notes, lambda row: True)  # all but a line cut short, which the next one would continue
         for path in self.rollouts.glob("*-*.parquet"):
             if int(path.stem.split("-")[1]) > version:
                 path.unlink()
