@@ -8,6 +8,8 @@ bytes are copied with memcpy. `apply` is what decoding waits for; `verify` runs 
 """
 
 import argparse
+import os
+import secrets
 import shutil
 import tempfile
 import time
@@ -64,6 +66,7 @@ def measure(tiny: TinyModelConfig, rounds: int) -> dict[str, Any]:
     policy = load_policy(scratch / "model", "float32")
     packer = WeightPacker(policy.named_tensors(), dtype="float32", vocab_size=policy.vocab_size)
     engine = VllmEngine(str(scratch / "model"), ModelConfig(max_context=64), RolloutConfig(), seed=0)
+    os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
     ray.init(address="local", num_cpus=1, object_store_memory=2 << 30, include_dashboard=False, log_to_driver=False)
     transport = ObjectStoreTransport()
     names = ("pack", "send", "receive", "verify", "apply", "memcpy")

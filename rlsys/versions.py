@@ -8,7 +8,6 @@ from right now). All three are a `PolicyVersion`.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import prod
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -47,13 +46,12 @@ class TensorSlot:
     offset: int
     nbytes: int
 
-    def view(self, buffer: Tensor, rows: int | None = None) -> Tensor:
-        """This parameter inside a uint8 buffer, without a copy; `rows` extends it into its padding."""
+    def view(self, buffer: Tensor) -> Tensor:
+        """This parameter inside a uint8 buffer, without a copy."""
         import torch
 
         dtype: torch.dtype = getattr(torch, self.dtype)
-        shape = self.shape if rows is None else (rows, *self.shape[1:])
-        return buffer[self.offset : self.offset + prod(shape) * dtype.itemsize].view(dtype).view(shape)
+        return buffer[self.offset : self.offset + self.nbytes].view(dtype).view(self.shape)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

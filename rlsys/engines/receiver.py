@@ -43,8 +43,9 @@ class BufferReceiver(WeightTransferEngine[BufferInit, BufferUpdate]):
     init_info_cls = BufferInit
     update_info_cls = BufferUpdate
     supports_draft_weight_update = False
-    _parameters: set[tuple[str, tuple[int, ...]]] | None = None
-    """Name and shape of everything a version consists of, once one was taken."""
+    _layout: tuple[TensorSlot, ...] | None = None
+    _views: list[tuple[torch.nn.Parameter, TensorSlot]] | None = None
+    """Where each parameter lies in a buffer of that layout; None: load instead of pointing."""
 
     def init_transfer_engine(self, init_info: BufferInit) -> None:
         """Nothing to connect."""
@@ -62,21 +63,17 @@ class BufferReceiver(WeightTransferEngine[BufferInit, BufferUpdate]):
 
     def receive_weights(self, update: BufferUpdate) -> None:
         """Point at the buffer, or load from it."""
-        version, parameters = update.manifest.version, {(slot.name, slot.shape) for slot in update.manifest.layout}
-        if self._parameters is not None and (differ := parameters ^ self._parameters):
-            names = ", ".join(sorted({name for name, _ in differ})[:3])
-            raise WeightSyncError(f"version {version}: its parameters differ from those of the version before: {names}")
-        views = self._views(update)
-        if views is not None:
-            for parameter, view in views:
-                parameter.data = view
+        manifest = update.manifest
+        if manifest.layout != self._layout:
+            self._adopt(manifest)
+        if self._views is not None:
+            for parameter, slot in self._views:
+                parameter.data = slot.view(update.buffer)
             self._served = update.buffer  # the views live as long as the buffer
-        else:
-            slots = update.manifest.layout
-            loaded = self.model.load_weights((slot.name, slot.view(update.buffer)) for slot in slots)
-            if missing := {name for name, _ in self.model.named_parameters()} - set(loaded or ()):
-                raise WeightSyncError(f"version {version}: the model still lacks {', '.join(sorted(missing)[:3])}")
-        self._parameters = parameters
+            return
+        loaded = self.model.load_weights((slot.name, slot.view(update.buffer)) for slot in manifest.layout)
+        if missing := {name for name, _ in self.model.named_parameters()} - set(loaded or ()):
+            raise WeightSyncError(f"version {manifest.version}: the model still lacks {', '.join(sorted(missing)[:3])}")
 
     def finish_weight_update(self) -> None:
         """The version is complete when `update_weights` returns."""
@@ -84,36 +81,47 @@ class BufferReceiver(WeightTransferEngine[BufferInit, BufferUpdate]):
     def shutdown(self) -> None:
         """Nothing to release."""
 
-    def _views(self, update: BufferUpdate) -> list[tuple[torch.nn.Parameter, torch.Tensor]] | None:
-        """(parameter, view) for all of the model's parameters; None if any cannot be a view."""
+    def _adopt(self, manifest: WeightManifest) -> None:
+        """Plan for a layout. Raises `WeightSyncError` when it has not the parameters of the one before."""
+        old, new = ({(slot.name, slot.shape) for slot in layout or ()} for layout in (self._layout, manifest.layout))
+        if self._layout is not None and old != new:
+            names = ", ".join(sorted({name for name, _ in old ^ new})[:3])
+            raise WeightSyncError(
+                f"version {manifest.version}: its parameters differ from those of the version before: {names}"
+            )
+        self._views, self._layout = self._plan(manifest), manifest.layout
+
+    def _plan(self, manifest: WeightManifest) -> list[tuple[torch.nn.Parameter, TensorSlot]] | None:
+        """Each parameter of the model with the one slot it can view; None if any cannot be a view."""
         if self.device.type != "cpu" or self.parallel_config.world_size > 1:
             return None
         parts: dict[str, list[TensorSlot]] = {}
         mapping = getattr(self.model, "packed_modules_mapping", {})
         fused = {part: name for name, members in mapping.items() for part in members}
-        for slot in update.manifest.layout:
+        for slot in manifest.layout:
             name = ".".join(fused.get(piece, piece) for piece in slot.name.split("."))
             parts.setdefault(name, []).append(slot)
-        views: list[tuple[torch.nn.Parameter, torch.Tensor]] = []
+        views: list[tuple[torch.nn.Parameter, TensorSlot]] = []
         for name, parameter in self.model.named_parameters():
-            view = _fused_view(update.buffer, parts.pop(name, []), parameter)
-            if view is None:
+            slot = _fuse(name, parts.pop(name, []), parameter, manifest.nbytes)
+            if slot is None:
                 return None
-            views.append((parameter, view))
+            views.append((parameter, slot))
         return views if not parts else None
 
 
-def _fused_view(buffer: torch.Tensor, slots: list[TensorSlot], parameter: torch.nn.Parameter) -> torch.Tensor | None:
-    """A view shaped like `parameter` over adjacent slots, reaching into vocabulary padding if that is longer."""
-    if not slots or any(slot.dtype != str(parameter.dtype).removeprefix("torch.") for slot in slots):
+def _fuse(name: str, slots: list[TensorSlot], parameter: torch.nn.Parameter, nbytes: int) -> TensorSlot | None:
+    """One slot shaped like `parameter` over adjacent ones, reaching into vocabulary padding if that is longer."""
+    dtype = str(parameter.dtype).removeprefix("torch.")
+    if not slots or any(slot.dtype != dtype for slot in slots):
         return None
-    shape, rows = tuple(parameter.shape), sum(slot.shape[0] for slot in slots)
+    shape, rows, start = tuple(parameter.shape), sum(slot.shape[0] for slot in slots), slots[0].offset
     adjacent = all(a.offset + a.nbytes == b.offset for a, b in pairwise(slots))
     padded = len(slots) == 1 and len(shape) == 2 and rows + -rows % VOCAB_MULTIPLE == shape[0]
-    inside = slots[0].offset + parameter.nbytes <= buffer.nbytes
+    inside = start + parameter.nbytes <= nbytes
     if not (adjacent and inside) or shape[1:] != slots[0].shape[1:] or not (rows == shape[0] or padded):
         return None
-    return slots[0].view(buffer, rows=shape[0])
+    return TensorSlot(name=name, dtype=dtype, shape=shape, offset=start, nbytes=parameter.nbytes)
 
 
 def register() -> None:
