@@ -327,7 +327,7 @@ class Rig:
         )
 
     def run(self, during: Callable[[TrainingLoop], Coroutine[Any, Any, None]] | None = None) -> TrainingLoop:
-        """Run to the end beside `during(loop)`; whatever the end, no task of the loop may outlive it."""
+        """Run to the end beside `during(loop)`, which must end first; no task of the loop may outlive it, ever."""
 
         async def main() -> TrainingLoop:
             for worker in self.workers:
@@ -337,6 +337,9 @@ class Rig:
             mine = asyncio.all_tasks()
             try:
                 await self.loop.run()
+                if beside is not None:
+                    assert beside.done(), "the run ended before what was to happen during it"
+                    beside.result()
             finally:
                 left, self.served = asyncio.all_tasks() - mine, set(self.weights._senders)
                 assert not left, f"left behind: {left}"

@@ -104,12 +104,14 @@ def _checkpoint_to_resume(directory: RunDirectory, config: RunConfig) -> Path:
     checkpoint = latest(directory.root)
     if checkpoint is None:
         raise CheckpointError(f"--resume: {directory.checkpoints} holds no complete checkpoint; start without --resume")
-    version = int(read_extra(checkpoint)["version"])
+    state = read_extra(checkpoint)
+    version, extra = int(state["version"]), state["extra"]
     if version >= config.learner.steps:
         raise ConfigError(
             f"learner.steps={config.learner.steps}: the run is already at step {version}; raise it to go on"
         )
-    directory.rewind(version)
+    cursor = (extra["source"]["epoch"], extra["source"]["index"])
+    directory.rewind(version, cursor=cursor, reopened={(epoch, index) for epoch, index in extra["open"]})
     return checkpoint
 
 

@@ -151,6 +151,42 @@ def test_a_worker_too_far_behind_gets_no_prompts_until_it_has_caught_up() -> Non
     assert len(slow.served) < 5
 
 
+def test_a_worker_holds_no_more_groups_than_it_has_room_for() -> None:
+    holding: list[int] = []
+
+    class Worker(FakeRollout):
+        async def generate(self, slot: int, attempt: int, prompt: Any) -> Any:
+            self.holds = getattr(self, "holds", 0) + 1
+            holding.append(self.holds)
+            try:
+                return await super().generate(slot, attempt, prompt)
+            finally:
+                self.holds -= 1
+
+    r = rig("rollout.max_concurrent_sequences=4", workers=[Worker("a", refuse=poison), Worker("b")])
+    assert r.run().version == 6
+    assert max(holding) == 3  # 1.5 times 4 sequences, in groups of 2
+    assert [worker.in_flight for worker in r.loop.router.workers.values()] == [0, 0]
+
+
+def poison(prompt: Any) -> Exception | None:
+    return PromptRefused("no") if prompt.index % 5 == 0 else None
+
+
+def test_a_commit_lets_new_prompts_in_without_waiting_for_the_workers() -> None:
+    """Version 0 is served at 1 s, the first batch trained at 1.05 s and the next at 1.1 s; version 1 is served at 2.05."""
+    r = rig("staleness.max=1", workers=[FakeRollout("a", apply_s=1.0)])
+
+    async def look(loop: TrainingLoop) -> None:
+        await at(1.5)
+        assert (loop.version, r.workers[0].version) == (2, 0)
+        assert [slot for slot, _ in r.workers[0].begun] == [0, 1, 2, 3]
+        r.journal.event("looked", "")
+
+    r.run(look)
+    assert kinds(r) == ["looked"]
+
+
 def test_the_reference_scores_the_very_batch_that_is_trained() -> None:
     seen: list[tuple[list[int], list[int]]] = []
 
@@ -534,7 +570,7 @@ def test_an_evaluation_that_fails_is_an_event_and_training_goes_on() -> None:
 
 
 def test_a_checkpoint_holds_the_cursor_and_every_open_prompt() -> None:
-    r = rig("checkpoint.every=2", rewards=FakeRewards(fail=broken_reward(1)))
+    r = rig("checkpoint.every=2", rewards=FakeRewards(fail=broken_reward(41)), first_id=40)
     r.run()
     assert [directory for directory, _ in r.learner.saved] == [
         DIRECTORY / "run" / "checkpoints" / f"step-{version:06d}" for version in (2, 4)
@@ -542,7 +578,7 @@ def test_a_checkpoint_holds_the_cursor_and_every_open_prompt() -> None:
     for (_, extra), version in zip(r.learner.saved, (2, 4), strict=True):
         cursor = extra["source"]["index"]
         ended = {row.prompt for row in r.journal.closed if row.version <= version}
-        assert extra["admitted"] == cursor
+        assert extra["admitted"] == 40 + cursor  # so that no slot's number is given twice over resumes
         assert [0, 1] not in extra["open"]
         assert {index for _, index in extra["open"]} == set(range(cursor)) - ended
         assert extra["open"] == sorted(extra["open"])
@@ -593,7 +629,9 @@ def test_a_resumed_run_trains_the_open_prompts_first_and_goes_on_behind_the_curs
 
 def test_a_resumed_run_admits_no_more_than_its_slots() -> None:
     """Fault 7: at a high version, at most (S+1) batches are open."""
-    r = rig(learner=FakeLearner(version=5000), workers=[FakeRollout("a", tokens=lambda slot: 10**6)])
+    r = rig(
+        "learner.steps=9999", learner=FakeLearner(version=5000), workers=[FakeRollout("a", tokens=lambda slot: 10**6)]
+    )
 
     async def stop(loop: TrainingLoop) -> None:
         await at(1.0)

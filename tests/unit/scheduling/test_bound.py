@@ -147,9 +147,10 @@ def by_chance(rules: Rules, chance: random.Random, events: int = 120) -> Run:
     return run
 
 
-def by_adversary(rules: Rules, victim: int, steps: int) -> int:
+def by_adversary(rules: Rules, victim: int, steps: int, *, hold_back_all: bool = False) -> int:
     """Hold back one slot, sampled from weights as old as the router lets pass, as long as others make batches.
 
+    With `hold_back_all` also those admitted behind it, one of which finishes whenever no batch can be made.
     Returns the age of the oldest token trained.
     """
     run = Run(rules, workers=1)
@@ -158,10 +159,10 @@ def by_adversary(rules: Rules, victim: int, steps: int) -> int:
         while run.route():
             pass
         for slot in run.running():
-            if slot != victim:
+            if slot < victim or (slot > victim and not hold_back_all):
                 run.finish(slot)
         if not run.learn():
-            run.finish(victim)
+            run.finish(min(run.running()))
     return max(run.ages)
 
 
@@ -237,3 +238,11 @@ def test_the_next_batch_always_comes_once_everything_in_flight_has_finished(worl
         for slot in run.running():
             run.finish(slot)
         assert run.learn()
+
+
+@given(worlds)
+@example({"groups": 1, "spare": 1, "window": 2, "lag": 0})
+def test_holding_back_the_younger_ones_too_gains_the_adversary_nothing(world) -> None:
+    rules = possible(world)
+    worst = by_adversary(rules, victim=rules.slots - 1, steps=12, hold_back_all=True)
+    assert worst <= world["spare"] + world["lag"]

@@ -30,6 +30,19 @@ def taken(ledger: Ledger, groups: int) -> list[int]:
     return [slot.id for slot in ledger.take_batch(groups)]
 
 
+def by_definition(states: dict[int, State], window: int) -> list[int]:
+    """The slots that may be learned from, in order: W = `window` counts from the oldest one not yet picked."""
+    picked: list[int] = []
+    while left := [
+        slot for slot, state in sorted(states.items()) if state is not State.LEARNING and slot not in picked
+    ]:
+        reachable = [slot for slot in left if slot < left[0] + window and states[slot] is State.FINISHED]
+        if not reachable:
+            break
+        picked.append(reachable[0])
+    return picked
+
+
 # Nothing vanishes
 
 
@@ -91,13 +104,14 @@ class RandomUse(RuleBasedStateMachine):
 
     @rule(groups=st.integers(1, 3))
     def take(self, groups: int) -> None:
-        if not self.ledger.batch_ready(groups):
+        allowed = by_definition(self.model, window=2)
+        assert self.ledger.batch_ready(groups) is (len(allowed) >= groups)
+        if len(allowed) < groups:
             with pytest.raises(LedgerError):
                 self.ledger.take_batch(groups)
             return
         chosen = taken(self.ledger, groups)
-        assert chosen == sorted(set(chosen))
-        assert len(chosen) == groups
+        assert chosen == allowed[:groups]
         for slot in chosen:
             assert self.model[slot] is State.FINISHED
             self.model[slot] = State.LEARNING
@@ -214,6 +228,13 @@ def test_window_3_lets_two_slots_overtake_the_oldest_and_no_third() -> None:
     assert not ledger.batch_ready(1)
     finish(ledger, 0)
     assert taken(ledger, 4) == [0, 3, 4, 5]
+
+
+def test_the_window_counts_from_the_oldest_of_several_unfinished_slots() -> None:
+    ledger = filled(6, window=3)
+    finish(ledger, 2, 3, 4)
+    assert not ledger.batch_ready(2)  # 1 is unfinished too, but 0 is the oldest
+    assert taken(ledger, 1) == [2]
 
 
 def test_every_pick_of_the_oldest_moves_the_window() -> None:

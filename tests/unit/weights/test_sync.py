@@ -175,6 +175,29 @@ def test_a_version_that_all_refused_is_an_error_at_once_with_every_reason() -> N
     with_sync(work, a=Worker(fail=always(OSError("x"), 1)), b=Worker(fail=always(OSError("y"), 1)))
 
 
+def test_after_a_refused_version_the_next_one_is_given_its_chance() -> None:
+    worker = Worker(apply_s=1, fail=always(OSError("x"), 1))
+
+    async def work(sync: WeightSync) -> None:
+        with pytest.raises(WeightSyncError, match="version 1"):
+            await sync.publish(make_ticket(1))
+        await sync.publish(make_ticket(2))
+
+    with_sync(work, a=worker)
+    assert worker.served == [2]
+
+
+def test_a_late_refusal_of_an_older_version_does_not_count_against_the_newer() -> None:
+    async def work(sync: WeightSync) -> None:
+        first = asyncio.create_task(sync.publish(make_ticket(1)))
+        await asyncio.sleep(0.5)
+        await sync.publish(make_ticket(2))
+        assert now() == 2.0  # version 1 was refused at 1.0
+        await first  # a newer version is served
+
+    with_sync(work, a=Worker(apply_s=1, fail=always(OSError("x"), 1)))
+
+
 def test_a_version_that_nobody_serves_in_time_is_an_error_with_the_reasons_known() -> None:
     async def work(sync: WeightSync) -> None:
         with pytest.raises(WeightSyncError, match=r"no worker served version 1 within 7 s; a: OSError: x$"):
