@@ -174,7 +174,7 @@ def poison(prompt: Any) -> Exception | None:
 
 
 def test_a_commit_lets_new_prompts_in_without_waiting_for_the_workers() -> None:
-    """Version 0 is served at 1 s, the first batch trained at 1.05 s and the next at 1.1 s; version 1 is served at 2.05."""
+    """Version 0 is served at 1 s, the first batch trained at 1.05 s, the next at 1.1 s; version 1 is served at 2.05."""
     r = rig("staleness.max=1", workers=[FakeRollout("a", apply_s=1.0)])
 
     async def look(loop: TrainingLoop) -> None:
