@@ -7,6 +7,7 @@ and never holds up another. A version counts as published when a worker *acknowl
 import asyncio
 import logging
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -18,6 +19,9 @@ log = logging.getLogger(__name__)
 
 RETRY_BACKOFF_S = (0.1, 0.5, 2.0)
 """Waits before the second, third, … attempt to bring one version to one worker."""
+
+REFUSED_AGAIN_S = 10.0
+"""A refused version is tried again after this time, unless a newer one replaces it: there may never be one."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,11 +102,10 @@ class WeightSync:
             return self._acks[cursor:]
 
     async def _send(self, name: str, worker: Applier) -> None:
-        tried: PolicyVersion | None = None  # a refused version is not tried again: the next one replaces it
+        served: PolicyVersion | None = None
         while True:
-            ticket = await self._newer_than(tried)
+            ticket = await self._newer_than(served)
             ack = await self._deliver(name, worker, ticket)
-            tried = ticket.manifest.version
             async with self._changed:
                 self._acks.append(ack)
                 if ack.error is None:
@@ -110,6 +113,12 @@ class WeightSync:
                 elif ticket is self._ticket:
                     self._refused[name] = ack.error
                 self._changed.notify_all()
+            if ack.error is None:
+                served = ack.version
+            else:
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(REFUSED_AGAIN_S):
+                        await self._newer_than(ack.version)
 
     async def _newer_than(self, version: PolicyVersion | None) -> WeightTicket:
         async with self._changed:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from rlsys.errors import ChecksumMismatch, WeightSyncError
-from rlsys.weights.sync import RETRY_BACKOFF_S, Ack, WeightSync
+from rlsys.weights.sync import REFUSED_AGAIN_S, RETRY_BACKOFF_S, Ack, WeightSync
 from rlsys.weights.transport import WeightTicket
 from tests.fakes import make_ticket, now, run
 
@@ -151,6 +151,21 @@ def test_a_version_that_a_worker_refuses_is_reported_and_the_next_one_replaces_i
     (refusal,) = [ack for ack in acks if ack.error is not None]
     assert (refusal.worker, refusal.version, refusal.pause_s) == ("bad", 2, 0.0)
     assert refusal.error == "ChecksumMismatch: checksum 00 arrived"
+
+
+def test_a_refused_version_is_tried_again_when_no_newer_one_comes() -> None:
+    """The others may all die: then only this worker can make the batch that a newer version needs."""
+    worker = Worker(fail=lambda version, attempt: OSError("torn") if attempt < 4 and version == 1 else None)
+
+    async def work(sync: WeightSync) -> None:
+        await sync.publish(make_ticket(1))
+        await asyncio.sleep(sum(RETRY_BACKOFF_S) + REFUSED_AGAIN_S - 0.1)
+        assert worker.served == []
+        await asyncio.sleep(0.2)
+        assert worker.served == [1]
+
+    acks = with_sync(work, other=Worker(), worker=worker)
+    assert heard(acks) == [("other", 1, True), ("worker", 1, False), ("worker", 1, True)]
 
 
 def test_retries_end_when_a_newer_version_is_there() -> None:
