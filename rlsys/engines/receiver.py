@@ -103,10 +103,10 @@ class BufferReceiver(WeightTransferEngine[BufferInit, BufferUpdate]):
             parts.setdefault(name, []).append(slot)
         views: list[tuple[torch.nn.Parameter, TensorSlot]] = []
         for name, parameter in self.model.named_parameters():
-            slot = _fuse(name, parts.pop(name, []), parameter, manifest.nbytes)
-            if slot is None:
+            whole = _fuse(name, parts.pop(name, []), parameter, manifest.nbytes)
+            if whole is None:
                 return None
-            views.append((parameter, slot))
+            views.append((parameter, whole))
         return views if not parts else None
 
 

@@ -1,0 +1,205 @@
+"""Real runs of the command line: started in a process group of their own, watched, and looked for afterwards."""
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pyarrow.parquet as pq
+import yaml
+
+PATIENCE_S = 600
+"""Longest wait for something that takes seconds on an idle machine."""
+
+LOOK_S = 0.5
+"""Between two looks at the processes of a command."""
+
+SMALL: dict[str, Any] = {
+    "name": "run",
+    "run_dir": "runs",
+    "model": {
+        "tiny": {"hidden_size": 64, "layers": 2, "heads": 2, "kv_heads": 1, "intermediate_size": 128},
+        "warmstart": {"steps": 150, "batch_size": 64, "label_noise": 0.2},
+        "max_context": 16,
+    },
+    "task": {"name": "arithmetic", "digits": 1, "eval_size": 40},
+    "rollout": {"prompts_per_step": 8, "samples_per_prompt": 4, "max_new_tokens": 4, "max_concurrent_sequences": 64},
+    "staleness": {"max": 3},
+    "kl": {"coef": 0.001},
+    "learner": {"steps": 10, "lr": 5e-4, "warmup_steps": 3},
+    "eval": {"every": 5, "max_prompts": 40},
+    "checkpoint": {"every": 4, "keep": 2},
+    "resources": {"object_store_gib": 0.25},
+}
+"""A run of seconds: 60 questions to train on, so that ten steps of eight prompts go through more than one epoch."""
+
+
+def write_config(directory: Path, **sections: Mapping[str, Any] | str) -> None:
+    """`run.yaml` in `directory`: SMALL with fields changed, or a section of another `name` in its place.
+
+    The warm-started model is shared by all tests.
+    """
+    SMALL["model"]["warmstart"]["cache_dir"] = str(directory.parent / "warmstart")
+    merged = {
+        name: {**SMALL.get(name, {}), **value} if isinstance(value, Mapping) and "name" not in value else value
+        for name, value in sections.items()
+    }
+    (directory / "run.yaml").write_text(yaml.safe_dump({**SMALL, **merged}))
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a command ended; `seen` are the names of its processes, `left` what was still there half a minute later."""
+
+    code: int
+    stdout: str
+    stderr: str
+    seen: list[str]
+    left: list[str]
+
+
+@dataclass
+class Running:
+    """A command under way, with every process and shared-memory file that was its own at any time."""
+
+    process: subprocess.Popen[str]
+    output: Path
+    pids: dict[int, tuple[float, str]] = field(default_factory=dict)
+    segments: set[str] = field(default_factory=set)
+
+    def watch(self) -> None:
+        """Note descendants and the shared memory they map, until the command ends."""
+        me = psutil.Process(self.process.pid)
+        while self.process.poll() is None:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                for process in [me, *me.children(recursive=True)]:
+                    self._note(process)
+            time.sleep(LOOK_S)
+
+    def _note(self, process: psutil.Process) -> None:
+        with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied, OSError):
+            self.pids[process.pid] = process.create_time(), " ".join(process.cmdline())[:200]
+            if "raylet" not in self.pids[process.pid][1]:
+                return  # the others map what this one holds
+            for line in Path(f"/proc/{process.pid}/maps").read_text().splitlines():
+                if (at := line.find("/dev/shm/")) >= 0 and not line.endswith("(deleted)"):
+                    self.segments.add(line[at:])
+
+    def until(self, condition: Callable[[], bool]) -> None:
+        """Wait for something that the command brings about."""
+        deadline = time.monotonic() + PATIENCE_S
+        while not condition():
+            assert self.process.poll() is None, f"it ended early:\n{self.stderr}"
+            assert time.monotonic() < deadline, f"waited in vain:\n{self.stderr}"
+            time.sleep(0.02)
+
+    def interrupt(self) -> None:
+        """Ctrl-C: the terminal sends it to the whole process group."""
+        os.killpg(self.process.pid, signal.SIGINT)
+
+    def finish(self, within_s: float = PATIENCE_S) -> Outcome:
+        """Wait for the command to end by itself, and look for what it left behind."""
+        code = self.process.wait(timeout=within_s)
+        deadline = time.monotonic() + 30
+        while self._left() and time.monotonic() < deadline:
+            time.sleep(0.2)
+        return Outcome(code, self.stdout, self.stderr, [name for _, name in self.pids.values()], self._left())
+
+    def _left(self) -> list[str]:
+        return [
+            *(f"{process.pid} {self.pids[process.pid][1]}" for process in self.alive()),
+            *sorted(name for name in self.segments if Path(name).exists()),
+        ]
+
+    def alive(self) -> list[psutil.Process]:
+        """The processes of the command that have not ended."""
+        found = []
+        for pid, (started, _) in list(self.pids.items()):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process = psutil.Process(pid)
+                if process.create_time() == started and process.status() != psutil.STATUS_ZOMBIE:
+                    found.append(process)
+        return found
+
+    @property
+    def stdout(self) -> str:
+        return (self.output / "stdout").read_text()
+
+    @property
+    def stderr(self) -> str:
+        return (self.output / "stderr").read_text()
+
+
+@contextlib.contextmanager
+def running(directory: Path, *arguments: str) -> Iterator[Running]:
+    """`rlsys ARGUMENTS` in `directory`; whatever of it is left when the block ends, fails or not, is killed."""
+    yield from _started(directory, [sys.executable, "-m", "rlsys.cli", *arguments])
+
+
+def rlsys(directory: Path, *arguments: str) -> Outcome:
+    """`rlsys ARGUMENTS` in `directory`, to its end."""
+    with running(directory, *arguments) as run:
+        return run.finish()
+
+
+def python(directory: Path, *arguments: str) -> Outcome:
+    """`python ARGUMENTS` in `directory`, to its end."""
+    with contextlib.contextmanager(_started)(directory, [sys.executable, *arguments]) as run:
+        return run.finish()
+
+
+def _started(directory: Path, command: Sequence[str]) -> Iterator[Running]:
+    output = directory / f"output-{len(list(directory.glob('output-*')))}"
+    output.mkdir()
+    with (output / "stdout").open("w") as out, (output / "stderr").open("w") as err:
+        process = subprocess.Popen(
+            command, cwd=directory, env=environment(), stdout=out, stderr=err, text=True, start_new_session=True
+        )
+        run = Running(process, output)
+        watcher = threading.Thread(target=run.watch, daemon=True)
+        watcher.start()
+        try:
+            yield run
+        finally:
+            if process.poll() is None:
+                process.kill()
+            process.wait()
+            watcher.join()
+            for left in run.alive():
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    left.kill()
+
+
+def environment() -> dict[str, str]:
+    """A user's environment: without what importing vLLM or Ray here has set."""
+    ours = ("VLLM_", "RAY_", "TORCH", "OMP_", "MKL_", "PYTEST_", "CUDA_")
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
+    root = str(Path(__file__).parents[2])
+    patient = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "RAY_raylet_start_wait_time_s": str(PATIENCE_S)}
+    return {**kept, **patient, "PYTHONPATH": root, "COLUMNS": "400", "TERM": "dumb", "NO_COLOR": "1"}
+
+
+def rows(path: Path) -> list[dict[str, Any]]:
+    """All lines of a JSON-lines file."""
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def steps(run_dir: Path) -> list[dict[str, Any]]:
+    """The rows of `metrics.jsonl` that are learner steps."""
+    return [row for row in rows(run_dir / "metrics.jsonl") if "reward/mean" in row]
+
+
+def responses(run_dir: Path) -> list[dict[str, Any]]:
+    """Every recorded response of a run, in the order of its steps."""
+    return [
+        row for path in sorted((run_dir / "rollouts").glob("step-*.parquet")) for row in pq.read_table(path).to_pylist()
+    ]
