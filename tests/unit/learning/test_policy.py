@@ -57,7 +57,9 @@ def alone(path, sequences: Sequences, temperature: float = 1.0) -> torch.Tensor:
 def test_packed_logprobs_equal_unpacked_ones(fixture, temperature, request):
     path = request.getfixturevalue(fixture)
     sequences = random_sequences()
-    packed = flat(load_policy(path, "float32"), sequences, temperature)
+    policy = load_policy(path, "float32")
+    assert policy.direct_head, "logits only where a token is predicted"
+    packed = flat(policy, sequences, temperature)
     assert torch.allclose(packed, alone(path, sequences, temperature), atol=2e-5)
     assert packed.std() > 0.5, "the model must tell tokens apart for this to mean anything"
 
