@@ -91,15 +91,17 @@ class TinyModelConfig(Section):
 
 
 class WarmstartConfig(Section):
-    """Supervised phase that gives a tiny model something to improve. Cached by the hash of what it depends on."""
+    """Supervised phase that gives a tiny model something to improve. Cached by the hash of what it depends on.
 
-    steps: Positive = 500
-    batch_size: Positive = 256
+    It learns right answers, then partly wrong ones: a model that knows more than it says, as RL likes it.
+    """
+
+    steps: Positive = 2000
+    """Optimizer steps on right answers."""
+    batch_size: Positive = 32
     lr: PositiveFloat = 2e-3
     label_noise: Fraction = 0.0
-    """Share of training answers replaced by the answer of another prompt, so that the start is imperfect."""
-    target: Fraction | None = None
-    """Stop before `steps` once this greedy accuracy on training items is reached, so that RL has work left."""
+    """Share of answers with a wrong last character in a short second phase; 0: no such phase."""
     cache_dir: Path = Path(".cache/warmstart")
 
 

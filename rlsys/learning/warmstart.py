@@ -1,13 +1,12 @@
 """The supervised phase that gives a tiny model something for reinforcement learning to improve.
 
-Cross-entropy on answers and end token, part of the answers wrong on purpose. The result is cached under the
-hash of everything it depends on, and written whole or not at all.
+Cross-entropy on answers and end token; then a few steps on partly wrong answers, so that the model knows more
+than it says. The result is cached under the hash of everything it depends on, and written whole or not at all.
 """
 
 import contextlib
 import hashlib
 import json
-import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
@@ -24,14 +23,14 @@ from rlsys.learning.policy import Policy, load_policy, load_tokenizer, quiet
 from rlsys.learning.tiny import make_tiny, unknown_characters
 from rlsys.records import IntArray
 
-RECIPE = 1
+RECIPE = 2
 """Part of the cache key: raise it when the recipe here changes its result."""
 
 POOL = 50_000
 """Training items looked at, at most."""
 
-TARGET_SAMPLE, TARGET_EVERY = 256, 25
-"""Items that measure the target accuracy, and steps between two looks."""
+NOISY_STEPS = 100
+"""Steps on partly wrong answers: too few to forget the right ones."""
 
 ROW_TOKENS = 64
 MICRO_BATCH_TOKENS = 4096
@@ -69,10 +68,10 @@ def ensure_warmstart(model: ModelConfig, task: Task, seed: int, progress: Progre
 
     Raises DataError when an item does not fit the alphabet or the model's context.
     """
-    alphabet = task.alphabet()
+    config, alphabet = model.warmstart, task.alphabet()
     indices = _pool(task.size, seed)
     items = [task.train_item(index) for index in indices]
-    directory = model.warmstart.cache_dir / _key(model, seed, alphabet, items)
+    directory = config.cache_dir / _key(model, seed, alphabet, items)
     if (directory / "config.json").is_file():
         return directory
 
@@ -80,14 +79,11 @@ def ensure_warmstart(model: ModelConfig, task: Task, seed: int, progress: Progre
         make_tiny(model.tiny, alphabet, temporary, seed=seed)
         tokenizer = load_tokenizer(temporary)
         policy = load_policy(temporary, "float32")
-        data = _corrupt(_tokenize(tokenizer, items, model.max_context), model.warmstart.label_noise, seed)
-        sample = [items[i] for i in np.random.default_rng((seed, 3)).permutation(len(items))[:TARGET_SAMPLE]]
-
-        def good_enough() -> bool:
-            longest = max(len(answer) for answer in data[1])
-            return greedy_accuracy(policy.model, tokenizer, sample, longest) >= (model.warmstart.target or math.inf)
-
-        train_supervised(policy, data, model.warmstart, seed, progress, good_enough)
+        data = _tokenize(tokenizer, items, model.max_context)
+        train_supervised(policy, data, config, config.steps, seed, progress)
+        if config.label_noise > 0:
+            gentle = config.model_copy(update={"lr": config.lr / 10})
+            train_supervised(policy, _corrupt(data, config.label_noise, seed), gentle, NOISY_STEPS, seed + 1)
         with quiet():
             policy.model.save_pretrained(temporary)
 
@@ -100,23 +96,23 @@ def train_supervised(
     policy: Policy,
     data: tuple[Sequence[Sequence[int]], Sequence[IntArray]],
     config: WarmstartConfig,
+    steps: int,
     seed: int,
     progress: Progress | None = None,
-    good_enough: Callable[[], bool] = lambda: False,
 ) -> None:
     """Minimise −mean log π(answer tokens and end | question). `data`: questions and answers as ids.
 
     AdamW(0.9, 0.95), warm-up over 5% of the steps, then linear decay to zero; gradient norm at most 1. Every
-    epoch visits the items in a new order drawn from `seed`. Ends early when `good_enough`, asked every 25 steps.
+    epoch visits the items in a new order drawn from `seed`.
     """
     questions, answers = data
     optimizer = torch.optim.AdamW(
         policy.model.parameters(), lr=config.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True
     )
-    order = _epochs(len(questions), config.steps * config.batch_size, seed)
-    rise = max(1, config.steps // 20)
-    fall = max(1, config.steps - rise)
-    for step in range(config.steps):
+    order = _epochs(len(questions), steps * config.batch_size, seed)
+    rise = max(1, steps // 20)
+    fall = max(1, steps - rise)
+    for step in range(steps):
         chosen = order[step * config.batch_size : (step + 1) * config.batch_size]
         batch = Sequences(
             prompts=[questions[i] for i in chosen],
@@ -130,13 +126,11 @@ def train_supervised(
             torch.autograd.backward(part)
             loss += part.item()
         torch.nn.utils.clip_grad_norm_(policy.model.parameters(), 1.0)
-        optimizer.param_groups[0]["lr"] = config.lr * min((step + 1) / rise, (config.steps - step) / fall)
+        optimizer.param_groups[0]["lr"] = config.lr * min((step + 1) / rise, (steps - step) / fall)
         optimizer.step()
         optimizer.zero_grad()
         if progress is not None:
-            progress(step + 1, config.steps, loss)
-        if config.target is not None and (step + 1) % TARGET_EVERY == 0 and good_enough():
-            return
+            progress(step + 1, steps, loss)
 
 
 @torch.no_grad()
@@ -205,16 +199,17 @@ def _tokenize(
 
 
 def _corrupt(
-    data: tuple[list[list[int]], list[IntArray]], share: float, seed: int
-) -> tuple[list[list[int]], list[IntArray]]:
-    """Replace the answers of a random `share` of the items by the answer of another item."""
+    data: tuple[Sequence[Sequence[int]], Sequence[IntArray]], share: float, seed: int
+) -> tuple[Sequence[Sequence[int]], list[IntArray]]:
+    """Change the last character of a random `share` of the answers into the next one that ends an answer."""
     questions, answers = data
-    random = np.random.default_rng((seed, 1))
-    wrong = np.flatnonzero(random.random(len(answers)) < share)
-    other = (wrong + random.integers(1, max(len(answers), 2), len(wrong))) % len(answers)
+    last = sorted({int(answer[-2]) for answer in answers if len(answer) > 1})
+    following = dict(zip(last, [*last[1:], *last[:1]], strict=True))
     noisy = list(answers)
-    for i, j in zip(wrong, other, strict=True):
-        noisy[i] = answers[j]
+    for i in np.flatnonzero(np.random.default_rng((seed, 1)).random(len(answers)) < share):
+        if len(answers[i]) > 1:
+            noisy[i] = answers[i].copy()
+            noisy[i][-2] = following[int(answers[i][-2])]
     return questions, noisy
 
 
