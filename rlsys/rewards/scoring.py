@@ -1,6 +1,7 @@
 """Rewards of a group: checked, bounded in time, retried, and never silently zero."""
 
 import numbers
+import queue
 import threading
 import time
 from concurrent.futures import Future
@@ -12,6 +13,9 @@ from rlsys.records import GroupScore, Prompt, Response, RolloutGroup
 from rlsys.rewards.base import RewardFn
 
 _BACKOFF_S = 0.1
+_callers = threading.local()
+"""The `_Caller` of each thread that scores."""
+
 _LARGEST = float(np.finfo(np.float32).max)
 
 
@@ -32,10 +36,13 @@ def score_group(fn: RewardFn, group: RolloutGroup, *, timeout_s: float, retries:
 
 def _score(fn: RewardFn, prompt: Prompt, response: Response, timeout_s: float, retries: int) -> float:
     for retry in range(retries + 1):
-        future = _start(fn, prompt, response)
+        caller = getattr(_callers, "mine", None) or _Caller()
+        _callers.mine = caller
+        future = caller.start(fn, prompt, response)
         try:
             error = future.exception(timeout_s)
         except TimeoutError:
+            _callers.mine = None
             failure, error = f"did not return within {timeout_s} s", None
         else:
             if error is None and (reward := _finite(future.result())) is not None:
@@ -49,21 +56,30 @@ def _score(fn: RewardFn, prompt: Prompt, response: Response, timeout_s: float, r
     ) from error
 
 
-def _start(fn: RewardFn, prompt: Prompt, response: Response) -> Future[object]:
-    """Call `fn` in a daemon thread of its own.
+class _Caller:
+    """Calls reward functions in a daemon thread, one after another.
 
-    Not in an executor: Python joins an executor's threads when it exits, and a hung one never ends.
+    Not an executor: Python joins an executor's threads when it exits, and a hung one never ends. A caller that
+    hangs is left behind and a new one takes its place.
     """
-    future: Future[object] = Future()
 
-    def work() -> None:
-        try:
-            future.set_result(fn(prompt, response))
-        except BaseException as error:  # also SystemExit, which would end only this thread
-            future.set_exception(error)
+    def __init__(self) -> None:
+        self._calls: queue.SimpleQueue[tuple[Future[object], RewardFn, Prompt, Response]] = queue.SimpleQueue()
+        threading.Thread(target=self._work, name="reward", daemon=True).start()
 
-    threading.Thread(target=work, name="reward", daemon=True).start()
-    return future
+    def start(self, fn: RewardFn, prompt: Prompt, response: Response) -> Future[object]:
+        """The future result of `fn(prompt, response)`."""
+        future: Future[object] = Future()
+        self._calls.put((future, fn, prompt, response))
+        return future
+
+    def _work(self) -> None:
+        while True:
+            future, fn, prompt, response = self._calls.get()
+            try:
+                future.set_result(fn(prompt, response))
+            except BaseException as error:  # also SystemExit, which would end this thread
+                future.set_exception(error)
 
 
 def _finite(value: object) -> float | None:

@@ -2,6 +2,8 @@
 
 from typing import get_args
 
+from pydantic import BaseModel
+
 from rlsys.algo.advantages import ADVANTAGES
 from rlsys.algo.batch import REDUCTIONS
 from rlsys.algo.corrections import CORRECTION_OPTIONS, SEQUENCE_OBJECTIVES
@@ -13,7 +15,7 @@ NEEDS_MORE_THAN_A_REWARD = {"accepted"}
 """Chosen by the objective `raft`, not by a user."""
 
 
-def choices(section: type, field: str) -> set[str]:
+def choices(section: type[BaseModel], field: str) -> set[str]:
     return set(get_args(section.model_fields[field].annotation))
 
 
