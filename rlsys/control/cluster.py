@@ -4,6 +4,9 @@ import contextlib
 import logging
 import os
 import secrets
+import shutil
+import socket
+import tempfile
 from collections.abc import Iterator
 
 from rlsys.config.schema import RunConfig
@@ -20,6 +23,7 @@ def cluster(config: RunConfig) -> Iterator[None]:
     import ray
 
     resources = config.resources
+    scratch = tempfile.mkdtemp(prefix="rlsys-")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     try:
         if resources.address is None:
@@ -33,10 +37,12 @@ def cluster(config: RunConfig) -> Iterator[None]:
                 log_to_driver=False,
                 logging_level=logging.ERROR,
                 _node_ip_address="127.0.0.1",
+                _temp_dir=scratch,
             )
         else:
+            _require_answer(resources.address)
             ray.init(address=resources.address, log_to_driver=False, logging_level=logging.ERROR)
-    except (ConnectionError, RuntimeError, ValueError) as error:
+    except Exception as error:  # Ray raises a bare one when a node is slow to start
         raise ClusterError(
             f"resources.address={resources.address}: cannot join the Ray cluster: {error}. Is it running, and is "
             "RAY_AUTH_MODE/RAY_AUTH_TOKEN (or RAY_AUTH_TOKEN_PATH) the same as there?"
@@ -46,6 +52,17 @@ def cluster(config: RunConfig) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _require_answer(address: str) -> None:
+    """Raise ConnectionError when nobody listens at host:port: Ray alone would try for a quarter of an hour."""
+    host, colon, port = address.removeprefix("ray://").rpartition(":")
+    if colon and port.isdigit():
+        try:
+            socket.create_connection((host, int(port)), timeout=10).close()
+        except OSError as error:
+            raise ConnectionError(f"nothing answers there ({error})") from error
 
 
 def _require_room(config: RunConfig) -> None:

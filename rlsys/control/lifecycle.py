@@ -85,9 +85,12 @@ def initial_model(config: RunConfig, on_warmstart: Callable[[int, int, float], N
     """Directory of the initial policy: `model.path`, or the warm-started tiny model (made once, then cached)."""
     if config.model.path is not None:
         return config.model.path
+    import torch
+
     from rlsys.learning.warmstart import ensure_warmstart
     from rlsys.tasks import build_task
 
+    torch.set_num_threads(config.resources.learner_threads)  # a tiny model is slower on more
     task = build_task(config.task, config.seed)
     return str(ensure_warmstart(config.model, task, config.seed, on_warmstart).absolute())
 

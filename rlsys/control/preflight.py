@@ -14,6 +14,8 @@ from rlsys.tasks import PromptSource, build_task, check_lengths, make_encoder, m
 SAMPLE = 64
 """Training prompts whose length is checked in advance; held-out ones all are."""
 
+CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
+
 
 @dataclass(frozen=True, slots=True)
 class Prompts:
@@ -30,6 +32,7 @@ def check_config(config: RunConfig) -> list[str]:
     resolve_reward(config.reward.function, task.score)
     if config.model.path is None:
         task.alphabet()
+        check_head_size(config)
     else:
         remarks += check_model_directory(config.model.path, config.model.max_context)
     for role in ("learner", "rollout", "reference"):
@@ -37,6 +40,15 @@ def check_config(config: RunConfig) -> list[str]:
             remarks.append(f"resources.{role}_gpus > 0: this run needs a GPU; everything but that was checked")
             break
     return remarks
+
+
+def check_head_size(config: RunConfig) -> None:
+    """Raise ConfigError for a tiny model whose attention heads the engine has no kernel for."""
+    tiny = config.model.tiny
+    size = tiny.hidden_size // tiny.heads
+    if config.resources.rollout_gpus == 0 and size not in CPU_HEAD_SIZES:
+        allowed = ", ".join(map(str, CPU_HEAD_SIZES))
+        raise ConfigError(f"model.tiny: hidden_size/heads={size}: vLLM on CPUs has attention for {allowed}")
 
 
 def check_model_directory(path: str, max_context: int) -> list[str]:
@@ -61,10 +73,15 @@ def check_model_directory(path: str, max_context: int) -> list[str]:
 
 def load_prompts(config: RunConfig, path: str) -> Prompts:
     """Training and held-out prompts, tokenized for the model at `path`. Raises DataError when one cannot fit."""
-    from transformers import AutoTokenizer
+    from transformers import AutoConfig, AutoTokenizer
 
     task = build_task(config.task, config.seed)
     tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    vocabulary = AutoConfig.from_pretrained(path, trust_remote_code=False).get_text_config().vocab_size
+    if len(tokenizer) > vocabulary:
+        raise ConfigError(
+            f"model.path={path}: its tokenizer has {len(tokenizer)} tokens, the model {vocabulary}: they do not belong together"
+        )
     encode = make_encoder(tokenizer, task.chat)
     source = PromptSource(task, encode, config.seed)
     items = task.eval_items()[: config.eval.max_prompts]

@@ -36,12 +36,15 @@ class ControllerActor:
         self._config, self._path, self._resume = config, path, resume
         self._phase = "starting"
         self._loop: TrainingLoop | None = None
+        self._stopping = False
 
     async def run(self) -> Status:
         """Build, train, write the last checkpoint. Raises what stopped the run."""
         from rlsys.control.build import build
 
         self._loop, _, journal = await build(self._config, self._path, self._resume)
+        if self._stopping:
+            self._loop.stop()
         try:
             self._phase = "training"
             await self._loop.run()
@@ -69,6 +72,6 @@ class ControllerActor:
 
     async def stop(self) -> None:
         """Finish the step that is running, write a checkpoint, and let `run` return."""
+        self._phase, self._stopping = "stopping", True
         if self._loop is not None:
-            self._phase = "stopping"
             self._loop.stop()
