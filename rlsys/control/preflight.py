@@ -80,7 +80,8 @@ def load_prompts(config: RunConfig, path: str) -> Prompts:
     vocabulary = AutoConfig.from_pretrained(path, trust_remote_code=False).get_text_config().vocab_size
     if len(tokenizer) > vocabulary:
         raise ConfigError(
-            f"model.path={path}: its tokenizer has {len(tokenizer)} tokens, the model {vocabulary}: they do not belong together"
+            f"model.path={path}: its tokenizer has {len(tokenizer)} tokens, the model {vocabulary}: "
+            "they do not belong together"
         )
     encode = make_encoder(tokenizer, task.chat)
     source = PromptSource(task, encode, config.seed)

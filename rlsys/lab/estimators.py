@@ -79,27 +79,27 @@ def correction_of(batch: TokenBatch, objective: str, name: str) -> Correction:
 
 
 def coefficients(
-    batch: TokenBatch, objective: str, correction: Correction | None = None, *, responses: int = 1, **options: float
+    batch: TokenBatch, objective: str, correction: Correction | None = None, *, responses: int = 1
 ) -> Tensor:
     """c_t of every token, [N], with the reduction `constant` and L = 1, so that on-policy Σ_y π(y) ĝ(y) = ∇J.
 
     responses: how many of the batch's responses one estimate averages over; 1 gives each response's own ĝ(y).
     """
     totals = BatchTotals(tokens=1, responses=responses, max_tokens=1)
-    out = policy_loss(batch, totals, objective=objective, reduce="constant", correction=correction, **options)
+    out = policy_loss(batch, totals, objective=objective, reduce="constant", correction=correction)
     (slope,) = torch.autograd.grad(out.loss, batch.policy_logprobs, allow_unused=True, materialize_grads=True)
     return -slope
 
 
-def response_coefficients(situation: Situation, objective: str, correction: str = "none", **options: float) -> Tensor:
+def response_coefficients(situation: Situation, objective: str, correction: str = "none") -> Tensor:
     """c_t of every token of the tree, [N], of an estimator that treats each response by itself: all but `m2`."""
     batch = situation.every_response(objective)
-    return coefficients(batch, objective, correction_of(batch, objective, correction), **options)
+    return coefficients(batch, objective, correction_of(batch, objective, correction))
 
 
-def enumerated(situation: Situation, objective: str, correction: str = "none", **options: float) -> Moments:
+def enumerated(situation: Situation, objective: str, correction: str = "none") -> Moments:
     """Exact moments of an estimator that treats each response by itself."""
-    c = response_coefficients(situation, objective, correction, **options)
+    c = response_coefficients(situation, objective, correction)
     return moments(situation.tree, situation.behavior, situation.policy, c)
 
 

@@ -17,7 +17,7 @@ BLUE, ORANGE, GREEN, RED, PURPLE = "#2f6fde", "#d9772b", "#2d9d6c", "#c8403a", "
 SCALE = ("#b9d0f7", "#7fa8ee", "#2f6fde", "#1f4fa8", "#132f66")
 """One hue, light to dark, for an ordered series such as T."""
 
-STYLE: dict[str, Any] = {
+STYLE: Any = {
     "font.size": 10,
     "axes.titlesize": 11,
     "axes.titleweight": "bold",
@@ -78,7 +78,7 @@ def _label_logarithms(axis: "Axis") -> None:
     """Plain numbers at 1, 2, 5 on a short logarithmic axis, powers of ten on a long one, nothing in between."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-    if axis.get_scale() != "log":
+    if not isinstance(axis.get_major_locator(), LogLocator):  # linear, or ticks chosen by hand
         return
     low, high = axis.get_view_interval()
     decades = math.log10(high / low)

@@ -230,4 +230,6 @@ def _draw(
     right.set(xscale="log", ylim=(0, 1.02))
     for axes in (left, right):
         axes.set_xticks(lengths, [str(t) for t in lengths])
-        axes.legend()
+        axes.minorticks_off()
+    left.legend(loc="upper left", bbox_to_anchor=(0.0, 0.92))
+    right.legend()

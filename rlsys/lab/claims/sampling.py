@@ -102,10 +102,10 @@ def log_objective(tasks: int) -> Outcome:
         middle.loglog(rates, [4 / p for p in rates], color=plots.BLUE, label="K/p")
         counts = list(simulated.values())
         plots.with_intervals(middle, list(simulated), counts, "o", color=plots.ORANGE, label="ada_seq, one at a time")
-        middle.set(title="Draws until K = 4 successes", xlabel="pass rate p", ylabel="E[N]")
+        middle.set(title="Draws until K = 4", xlabel="pass rate p", ylabel="E[N]")
         right.plot(list(rounds), list(rounds.values()), "o-", color=plots.BLUE, label="exact")
         right.axhline(40, color=plots.GREY, linewidth=1, label="K/p = 40")
-        right.set(title="Rounds of M overshoot (p = 0.1)", xlabel="M", ylabel="E[N]", ylim=(38, None))
+        right.set(title="In rounds of M (p = 0.1)", xlabel="M", ylabel="E[N]", ylim=(38, None))
         for axes in (left, middle, right):
             axes.legend()
 

@@ -172,6 +172,7 @@ def test_a_non_finite_batch_leaves_everything_bit_identical(make_learner, update
 def test_a_gradient_that_overflows_under_a_finite_loss_is_refused(make_learner):
     group = make_batch(0, groups=1)[0].group
     learner = make_learner(advantage={"name": "group_mean"}, objective={"name": "reinforce"})
+    learner.update(make_batch(1))
     before = parameters(learner)
     step = learner.update([make_group(group.prompt.token_ids, group.rollouts, [1e25, -1e25, 0.0, 0.0])]).step
     assert step.metrics["policy/loss"] is not None, "the loss is finite"
