@@ -1,6 +1,6 @@
 """Write RESULTS.md from the kept baselines.
 
-    python -m benchmarks.report
+python -m benchmarks.report
 """
 
 import json

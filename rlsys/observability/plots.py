@@ -18,7 +18,7 @@ def plot_run(directory: RunDirectory) -> Path:
     rows = directory.rows()
     steps = [row for row in rows if "reward/mean" in row]
     evals = [row for row in rows if "eval/accuracy" in row]
-    figure, (reward, staleness, importance) = plt.subplots(3, 1, figsize=(9, 8), sharex=True, layout="constrained")
+    figure, (reward, staleness, importance) = plt.subplots(3, 1, figsize=(10, 7), sharex=True, layout="constrained")
 
     _line(reward, steps, "reward/mean", BLUE, "mean reward of the batch")
     reward.plot(
@@ -45,7 +45,7 @@ def plot_run(directory: RunDirectory) -> Path:
     for axes in (reward, staleness, importance):
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(frameon=False, fontsize=9, loc="center right")
+        axes.legend(frameon=False, fontsize=9, loc="upper left", bbox_to_anchor=(1.0, 1.0))
     figure.suptitle(directory.root.name)
     figure.savefig(directory.plot, dpi=120)
     plt.close(figure)
