@@ -38,7 +38,7 @@ def gradient_of(make_learner, batch, *, reference=None, objective=None, kl=None,
 def test_gradient_is_that_of_the_loss_written_out_by_hand(make_learner):
     """token_mean of −r·A with one masked token, plus β·min(r, 2)·k3, each response on its own."""
     batch = [
-        make_group([3, 4, 5], [make_rollout([6, 7, 1], behavior=[-1.0, -2.0, -0.5]), make_rollout([6, 1])], [1, 0]),
+        make_group([3, 4, 5], [make_rollout([6, 7, 1], behavior=[-1.0, -9.0, -0.5]), make_rollout([6, 1])], [1, 0]),
         make_group([9, 8], [make_rollout([2, 3, 4, 1], behavior=-1.5, mask=[True, False, True, True])], [1]),
     ]
     reference = [np.full(3, -1.0), np.full(2, -2.5), np.full(4, -1.2)]
@@ -52,18 +52,20 @@ def test_gradient_is_that_of_the_loss_written_out_by_hand(make_learner):
         advantages=advantages,
     )
     learner = make_learner()
-    total = torch.zeros(())
+    total, capped = torch.zeros(()), 0
     rollouts = [(group.group.prompt.token_ids, rollout) for group in batch for rollout in group.group.rollouts]
     for (prompt, rollout), advantage, ref in zip(rollouts, advantages, reference, strict=True):
         logprobs = unpacked_logprobs(learner, prompt, rollout.response_ids)
         ratio = (logprobs - torch.from_numpy(rollout.behavior_logprobs)).exp()
         d = torch.from_numpy(ref).float() - logprobs
         k3 = d.exp() - d - 1
+        capped += int((ratio > 2).sum())
         term = -ratio * advantage + 0.3 * ratio.detach().clamp(max=2.0) * k3
         total = total + (term * torch.from_numpy(rollout.loss_mask)).sum()
     (total / 8).backward()  # 9 response tokens, one of them masked
     expected = flat_gradient(learner.policy.model)
     assert expected.abs().max() > 0.1
+    assert capped > 0, "the cap must act for this to mean anything"
     assert torch.allclose(found, expected, rtol=1e-3, atol=1e-5 * float(expected.abs().max()))
 
 

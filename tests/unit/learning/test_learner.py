@@ -232,6 +232,9 @@ def test_the_scorer_agrees_with_the_policy_it_was_made_from(make_learner, tiny):
     batch = make_batch(8)
     scores = scored(batch, tiny)
     assert [len(s) for s in scores] == [len(r.response_ids) for g in batch for r in g.group.rollouts]
+    narrow = Scorer(tiny, dtype="float32", temperature=1.0, row_tokens=12, micro_batch_tokens=24)
+    for whole, cut in zip(scores, narrow.score([group.group for group in batch]), strict=True):
+        assert np.allclose(whole, cut, atol=2e-5)
     step = make_learner(kl={"coef": 0.1}).update(batch, scores).step
     assert step.metrics["kl/reference_k1"] == pytest.approx(0.0, abs=1e-5)
     assert step.metrics["kl/sequence_mean"] == pytest.approx(0.0, abs=1e-4)
