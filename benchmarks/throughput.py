@@ -165,8 +165,8 @@ class Bench:
 
     def pipeline(self) -> float:
         """Trained response tokens per second of the whole loop, over the steps after the first five."""
-        from rlsys.control import remote
-        from rlsys.control.loop import Parts, TrainingLoop
+        from rlsys.control.build import connect
+        from rlsys.control.loop import TrainingLoop
         from rlsys.observability.run_directory import RunDirectory
         from rlsys.observability.sinks import RunJournal
         from rlsys.scheduling.ledger import Ledger
@@ -174,18 +174,9 @@ class Bench:
         config = self.config.model_copy(
             update={"learner": self.config.learner.model_copy(update={"steps": self.version + STEPS})}
         )
-        fleet, directory = self.fleet, RunDirectory(config.path)
+        directory = RunDirectory(config.path)
         journal = RunJournal(directory, tensorboard=config.records.tensorboard)
-        parts = Parts(
-            prompts=self.prompts.source,
-            rollouts={name: remote.RemoteRollout(handle) for name, handle in fleet.rollouts.items()},
-            rewards=remote.RemoteRewards(fleet.rewards),
-            reference=remote.RemoteReference(fleet.reference) if fleet.reference is not None else None,
-            learner=remote.RemoteLearner(fleet.learner),
-            weights=remote.RemoteWeights(fleet.weights),
-            recorder=remote.RemoteRecorder(fleet.recorder),
-            journal=journal,
-        )
+        parts = connect(self.fleet, self.prompts.source, journal)
 
         async def run() -> None:
             ledger = Ledger(capacity=config.slots, window=config.staleness.window)

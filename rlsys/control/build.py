@@ -17,10 +17,12 @@ from rlsys.actors.weight_sync import WeightSyncActor
 from rlsys.config.schema import RunConfig
 from rlsys.control import remote
 from rlsys.control.loop import Parts, TrainingLoop
+from rlsys.control.ports import Journal
 from rlsys.control.preflight import load_prompts
 from rlsys.observability.run_directory import RunDirectory
 from rlsys.observability.sinks import RunJournal
 from rlsys.scheduling.ledger import Ledger
+from rlsys.tasks import PromptSource
 
 
 @dataclass(slots=True)
@@ -85,22 +87,27 @@ async def build(config: RunConfig, path: str, resume: Path | None) -> tuple[Trai
     )
     loop = TrainingLoop(
         config,
-        Parts(
-            prompts=prompts.source,
-            rollouts={name: remote.RemoteRollout(handle) for name, handle in fleet.rollouts.items()},
-            rewards=remote.RemoteRewards(fleet.rewards),
-            reference=remote.RemoteReference(fleet.reference) if fleet.reference is not None else None,
-            learner=remote.RemoteLearner(fleet.learner),
-            weights=remote.RemoteWeights(fleet.weights),
-            recorder=remote.RemoteRecorder(fleet.recorder),
-            journal=journal,
-        ),
+        connect(fleet, prompts.source, journal),
         ledger=ledger,
         eval_prompts=prompts.held_out,
         version=version,
         reopened=[prompts.source.prompt(epoch, index) for epoch, index in extra.get("open", [])],
     )
     return loop, fleet, journal
+
+
+def connect(fleet: Fleet, prompts: PromptSource, journal: Journal) -> Parts:
+    """The control loop's ports over a fleet."""
+    return Parts(
+        prompts=prompts,
+        rollouts={name: remote.RemoteRollout(handle) for name, handle in fleet.rollouts.items()},
+        rewards=remote.RemoteRewards(fleet.rewards),
+        reference=remote.RemoteReference(fleet.reference) if fleet.reference is not None else None,
+        learner=remote.RemoteLearner(fleet.learner),
+        weights=remote.RemoteWeights(fleet.weights),
+        recorder=remote.RemoteRecorder(fleet.recorder),
+        journal=journal,
+    )
 
 
 def read_extra(checkpoint: Path) -> dict[str, Any]:
