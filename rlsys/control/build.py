@@ -83,7 +83,7 @@ async def build(config: RunConfig, path: str, resume: Path | None) -> tuple[Trai
         capacity=config.slots,
         window=config.staleness.window,
         on_close=journal.closed,
-        first_id=int(extra.get("admitted", 0)),
+        first_id=int(extra.get("next_slot", 0)),
     )
     loop = TrainingLoop(
         config,

@@ -385,7 +385,7 @@ class TrainingLoop:
             "source": dict(self.parts.prompts.state()),
             "open": [[slot.prompt.epoch, slot.prompt.index] for slot in self.ledger.open]
             + [[prompt.epoch, prompt.index] for prompt in self._reopened],
-            "admitted": self.ledger.next_id,
+            "next_slot": self.ledger.next_id,
         }
         directory = self.config.path / "checkpoints" / f"step-{self.version:06d}"
         await self.parts.learner.save(directory, extra)

@@ -578,7 +578,7 @@ def test_a_checkpoint_holds_the_cursor_and_every_open_prompt() -> None:
     for (_, extra), version in zip(r.learner.saved, (2, 4), strict=True):
         cursor = extra["source"]["index"]
         ended = {row.prompt for row in r.journal.closed if row.version <= version}
-        assert extra["admitted"] == 40 + cursor  # so that no slot's number is given twice over resumes
+        assert extra["next_slot"] == 40 + cursor  # so that no slot's number is given twice over resumes
         assert [0, 1] not in extra["open"]
         assert {index for _, index in extra["open"]} == set(range(cursor)) - ended
         assert extra["open"] == sorted(extra["open"])
@@ -616,7 +616,7 @@ def test_a_resumed_run_trains_the_open_prompts_first_and_goes_on_behind_the_curs
         learner=FakeLearner(version=3),
         prompts=FakePrompts(extra["source"]["index"]),
         reopened=[make_prompt(index) for index in opened],
-        first_id=extra["admitted"],
+        first_id=extra["next_slot"],
     )
     second.run()
     trained = [row.prompt for row in second.journal.closed]
