@@ -56,7 +56,7 @@ def save(draw: Callable[["Figure"], None], path: Path, title: str, size: tuple[f
                 _label_logarithms(axis)
         figure.suptitle(title, x=0.01, ha="left", color=INK, fontsize=12)
         path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, dpi=130, metadata={"Software": None})
+        figure.savefig(path, dpi=110, metadata={"Software": None})
     return path
 
 

@@ -7,7 +7,7 @@ from rlsys.algo.advantages import compute_advantages
 from rlsys.algo.batch import BatchTotals, TokenBatch
 from rlsys.algo.objectives import policy_loss
 from rlsys.lab.exact import reward_gradient
-from rlsys.lab.tree import Tree, sample
+from rlsys.lab.tree import Tree, random_policy, sample
 
 
 class Adam:
@@ -68,6 +68,15 @@ def learner_steps(
         (slope,) = torch.autograd.grad(loss, parameters)
         passed.append(optimizer.descend(passed[-1], slope))
     return passed
+
+
+def aimless_steps(tree: Tree, policy: Tensor, steps: int, generator: torch.Generator, step: float) -> list[Tensor]:
+    """The policies before and after each of `steps` equal moves in a random direction, normal per logit.
+
+    Drift that has nothing to do with the reward, such as noise or a mismatch between engine and learner.
+    """
+    direction = random_policy(tree, generator, step)
+    return [policy.detach() + number * direction for number in range(steps + 1)]
 
 
 def exact_ascent(tree: Tree, policy: Tensor, rewards: Tensor, steps: int, learning_rate: float) -> list[Tensor]:

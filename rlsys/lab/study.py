@@ -1,7 +1,8 @@
 """Objective × correction × staleness: how far each estimate of ∇J is from the truth, and why.
 
 A task is a random verifiable reward and a learner that trains on it. Its last policy π_θ is where the gradient is
-wanted; the data is of its own earlier policies, μ = π_{θ−k}. For the mean ĝ of n responses of μ, in units of
+wanted; the data is of its own earlier policies, μ = π_{θ−k}. (With the drift `aimless` the policy moves as far in a
+random direction instead, for comparison.) For the mean ĝ of n responses of μ, in units of
 ‖∇J‖ (‖∇J‖² for the last two):
 
     bias       ‖E ĝ − ∇J‖               variance   E‖ĝ − E ĝ‖²
@@ -33,18 +34,20 @@ from rlsys.lab.estimators import (
     moments,
     response_coefficients,
 )
-from rlsys.lab.staleness import learner_steps
+from rlsys.lab.staleness import aimless_steps, learner_steps
 from rlsys.lab.tree import make_tree, random_policy, random_rewards, sample, seeded
 
+DRIFT = ("learner", "aimless")
 MEASURES = ("bias", "variance", "mse", "cosine", "batch_cosine")
-DRIFTS = ("sequence_kl", "sequence_chi2", "token_chi2")
+DISTANCES = ("sequence_kl", "sequence_chi2", "token_chi2")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StudySettings:
     """What to study.
 
-    staleness: learner steps between μ and the policy when the step began. samples: responses per estimate.
+    drift: what moves the policy, a name in DRIFT. staleness: steps between μ and the policy when the learner step
+    began. samples: responses per estimate.
     inner_steps: further steps inside the learner step, from π_V to π_θ (0: one update per batch). tasks: random
     tasks averaged over. batches: sampled batches behind each sampled number.
     """
@@ -59,6 +62,7 @@ class StudySettings:
     inner_steps: int = 0
     tasks: int = 8
     batches: int = 50
+    drift: str = "learner"
     learning_rate: float = 0.05
     seed: int = 0
 
@@ -66,6 +70,7 @@ class StudySettings:
         """Raises ConfigError on an unknown name or an empty or impossible number."""
         for field, names, known in (
             ("objectives", self.objectives, OBJECTIVES),
+            ("drift", (self.drift,), DRIFT),
             ("corrections", self.corrections, CORRECTIONS),
         ):
             for name in names:
@@ -107,8 +112,8 @@ class StudyResult:
 
     settings: StudySettings
     rows: tuple[StudyRow, ...]
-    drift: dict[int, dict[str, Estimate]]
-    """staleness -> by the names in DRIFTS: KL(π_θ‖μ) in nats per response, χ² of w(y) and of r_t under μ."""
+    distance: dict[int, dict[str, Estimate]]
+    """staleness -> by the names in DISTANCES: KL(π_θ‖μ) in nats per response, χ² of w(y) and of r_t under μ."""
 
     def row(self, objective: str, correction: str, staleness: int, samples: int) -> StudyRow:
         """Raises KeyError where the study has no such row."""
@@ -154,10 +159,10 @@ def allowed(objective: str, correction: str) -> bool:
 def run_study(settings: StudySettings, progress: Callable[[float], None] | None = None) -> StudyResult:
     """Measure every estimator on every task; `progress` is told the share done."""
     measured: dict[Key, list[dict[str, float]]] = {}
-    drifts: dict[int, list[dict[str, float]]] = {}
+    distances: dict[int, list[dict[str, float]]] = {}
     for task in range(settings.tasks):
         for number, (staleness, situation) in enumerate(_situations(settings, task)):
-            drifts.setdefault(staleness, []).append(_drift(situation))
+            distances.setdefault(staleness, []).append(_distance(situation))
             for key, row in _measure(settings, staleness, situation, task):
                 measured.setdefault(key, []).append(row)
             if progress is not None:
@@ -175,8 +180,8 @@ def run_study(settings: StudySettings, progress: Callable[[float], None] | None 
         for k in settings.staleness
         for n in settings.samples
     )
-    drift = {k: _averaged(found, DRIFTS) for k, found in drifts.items()}
-    return StudyResult(settings=settings, rows=rows, drift=drift)
+    distance = {k: _averaged(found, DISTANCES) for k, found in distances.items()}
+    return StudyResult(settings=settings, rows=rows, distance=distance)
 
 
 def _situations(settings: StudySettings, task: int) -> Iterator[tuple[int, Situation]]:
@@ -189,7 +194,10 @@ def _situations(settings: StudySettings, task: int) -> Iterator[tuple[int, Situa
     rewards = random_rewards(tree, generator)
     steps = max(settings.staleness) + settings.inner_steps
     start = random_policy(tree, generator)
-    passed = learner_steps(tree, start, rewards, steps, generator, learning_rate=settings.learning_rate)
+    if settings.drift == "aimless":
+        passed = aimless_steps(tree, start, steps, generator, settings.learning_rate)
+    else:
+        passed = learner_steps(tree, start, rewards, steps, generator, learning_rate=settings.learning_rate)
     for k in settings.staleness:
         now = len(passed) - 1 - settings.inner_steps
         behavior = passed[now - k]
@@ -207,13 +215,14 @@ def _situations(settings: StudySettings, task: int) -> Iterator[tuple[int, Situa
         )
 
 
-def _drift(situation: Situation) -> dict[str, float]:
-    pair = situation.policy, situation.behavior
-    return {
-        "sequence_kl": float(exact.sequence_kl(situation.tree, *pair)),
-        "sequence_chi2": float(exact.sequence_chi2(situation.tree, *pair)),
-        "token_chi2": float(exact.mean_token_chi2(situation.tree, *pair)),
-    }
+def _distance(situation: Situation) -> dict[str, float]:
+    tree, policy, behavior = situation.tree, situation.policy, situation.behavior
+    found = (
+        exact.sequence_kl(tree, policy, behavior),
+        exact.sequence_chi2(tree, policy, behavior),
+        exact.mean_token_chi2(tree, policy, behavior),
+    )
+    return {name: float(value) if value > 1e-12 else 0.0 for name, value in zip(DISTANCES, found, strict=True)}
 
 
 def _measure(

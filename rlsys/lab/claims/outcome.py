@@ -54,7 +54,7 @@ def equal(quantity: str, predicted: float, measured: float | Estimate, tolerance
         passed = abs(found.value - predicted) <= tolerance
     else:
         passed = found.low <= predicted <= found.high and (found.high - found.low) / 2 <= tolerance
-    return Check(quantity=quantity, predicted=f"{predicted:.6g} ± {tolerance:.1g}", measured=found, passed=passed)
+    return Check(quantity=quantity, predicted=f"{predicted:.6g} ± {tolerance:.2g}", measured=found, passed=passed)
 
 
 def at_least(quantity: str, bound: float, measured: float | Estimate) -> Check:

@@ -150,7 +150,7 @@ def linearization(tasks: int) -> Outcome:
         ),
         draw=draw,
         notes=tuple(
-            f"T = {t}: the error leaves 1% at a token drift of {exits[t, 0.01][0]:.3f}, 10% at {exits[t, 0.1][0]:.3f}"
+            f"T = {t} the error leaves 1% at a token drift of {exits[t, 0.01][0]:.3f}, 10% at {exits[t, 0.1][0]:.3f}"
             for t in horizons
         ),
     )
