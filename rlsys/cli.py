@@ -13,6 +13,7 @@ from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from rlsys.cli_lab import app as lab
 from rlsys.config import RunConfig, load_config
 from rlsys.errors import RlsysError
 
@@ -23,6 +24,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
+app.add_typer(lab, name="lab")
 out = Console()
 err = Console(stderr=True)
 
