@@ -159,21 +159,23 @@ def _claims(
 
 def _write_study(result: "StudyResult", directory: Path, name: str = "study", *, pictures: bool = True) -> None:
     from rlsys.lab.pictures import draw_study
-    from rlsys.lab.report import study_to_json, study_to_markdown, to_text
+    from rlsys.lab.report import study_from_json, study_to_json, study_to_markdown, to_text
 
+    data = study_to_json(result)
     directory.mkdir(parents=True, exist_ok=True)
-    (directory / f"{name}.json").write_text(to_text(study_to_json(result)), "utf-8")
-    (directory / f"{name}.md").write_text(study_to_markdown(result), "utf-8")
+    (directory / f"{name}.json").write_text(to_text(data), "utf-8")
+    (directory / f"{name}.md").write_text(study_to_markdown(study_from_json(data)), "utf-8")
     if pictures:
         draw_study(result, directory, name)
 
 
 def _write_claims(reports: list["ClaimReport"], directory: Path) -> None:
-    from rlsys.lab.report import claims_to_json, claims_to_markdown, to_text
+    from rlsys.lab.report import claims_from_json, claims_to_json, claims_to_markdown, to_text
 
+    data = claims_to_json(reports)
     directory.mkdir(parents=True, exist_ok=True)
-    (directory / "claims.json").write_text(to_text(claims_to_json(reports)), "utf-8")
-    (directory / "claims.md").write_text(claims_to_markdown(reports) + "\n", "utf-8")
+    (directory / "claims.json").write_text(to_text(data), "utf-8")
+    (directory / "claims.md").write_text(claims_to_markdown(claims_from_json(data)) + "\n", "utf-8")
 
 
 def _print_claim(report: "ClaimReport") -> None:

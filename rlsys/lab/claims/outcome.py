@@ -1,6 +1,7 @@
 """What a claim hands back: checks that can fail, and a picture of the evidence."""
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -44,12 +45,16 @@ class Claim:
     measure: Callable[[int], Outcome]
 
 
-def equal(quantity: str, predicted: float, measured: float | Estimate, tolerance: float) -> Check:
+Measured = float | Estimate | Iterable[float]
+"""What a check looks at. Of several exact numbers the worst counts, and NaN is worst of all."""
+
+
+def equal(quantity: str, predicted: float, measured: Measured, tolerance: float) -> Check:
     """|measured − predicted| ≤ tolerance; for a sampled number, the interval holds the prediction and is no wider.
 
     The second half keeps an imprecise measurement from passing for an agreement.
     """
-    found = _estimate(measured)
+    found = _worst(measured, lambda value: abs(value - predicted))
     if found.interval is None:
         passed = abs(found.value - predicted) <= tolerance
     else:
@@ -57,17 +62,21 @@ def equal(quantity: str, predicted: float, measured: float | Estimate, tolerance
     return Check(quantity=quantity, predicted=f"{predicted:.6g} ± {tolerance:.2g}", measured=found, passed=passed)
 
 
-def at_least(quantity: str, bound: float, measured: float | Estimate) -> Check:
+def at_least(quantity: str, bound: float, measured: Measured) -> Check:
     """measured ≥ bound, with the whole interval."""
-    found = _estimate(measured)
+    found = _worst(measured, lambda value: -value)
     return Check(quantity=quantity, predicted=f"≥ {bound:.6g}", measured=found, passed=found.low >= bound)
 
 
-def at_most(quantity: str, bound: float, measured: float | Estimate) -> Check:
+def at_most(quantity: str, bound: float, measured: Measured) -> Check:
     """measured ≤ bound, with the whole interval."""
-    found = _estimate(measured)
+    found = _worst(measured, lambda value: value)
     return Check(quantity=quantity, predicted=f"≤ {bound:.6g}", measured=found, passed=found.high <= bound)
 
 
-def _estimate(measured: float | Estimate) -> Estimate:
-    return measured if isinstance(measured, Estimate) else Estimate(float(measured))
+def _worst(measured: Measured, badness: Callable[[float], float]) -> Estimate:
+    """Raises ValueError where there is nothing to look at: no evidence passes no check."""
+    if isinstance(measured, Estimate):
+        return measured
+    values = [float(value) for value in (measured if isinstance(measured, Iterable) else (measured,))]
+    return Estimate(max(values, key=lambda value: math.inf if math.isnan(value) else badness(value)))
