@@ -14,7 +14,7 @@ TARGET = Path(__file__).parent / "RESULTS.md"
 
 NOTES = {
     "rollout_over_bare": "tokens/s through the rollout actor ÷ the engine driven bare",
-    "pipeline_over_limit": "trained tokens/s of the pipeline ÷ min(rollout alone, learner alone)",
+    "pipeline_over_limit": "responses/s of the pipeline ÷ min(rollout alone, learner alone)",
     "learner_idle_fraction": "share of a step the learner waits for a batch",
     "pause_fraction": "share of time decoding stood still for weight syncs",
     "apply_over_memcpy": "swapping a version in ÷ copying its bytes",

@@ -1,12 +1,13 @@
-"""How much does the system cost? Tokens per second of the parts alone and together.
+"""How much does the system cost? The parts alone and together.
 
     python -m benchmarks.throughput [--rounds 5]
 
 Four measurements, alternating on one Ray cluster, pinned as a run pins them:
-  bare      the engine driven by a plain loop on the rollout core, no actor
-  rollout   the same work through a rollout actor
-  learner   the learner actor fed one recorded batch over and over
-  pipeline  the whole control loop: admission, rollout, rewards, reference, learner, weight sync, records
+  bare      the engine driven by a plain loop on the rollout core, no actor; generated tokens per second
+  rollout   the same work through a rollout actor; generated tokens per second
+  learner   the learner actor fed one recorded batch over and over; responses per second
+  pipeline  the whole control loop: admission, rollout, rewards, reference, learner, weight sync, records;
+            responses per second
 """
 
 import argparse
@@ -56,7 +57,7 @@ def measure(config: RunConfig, rounds: int) -> dict[str, Any]:
         samples = interleave(
             {"bare": bench.bare, "rollout": bench.rollout, "learner": bench.learner, "pipeline": bench.pipeline}, rounds
         )
-    limits = [min(r, t) for r, t in zip(samples["rollout"], samples["learner"], strict=True)]
+    limits = [min(r, t) for r, t in zip(bench.sampled[1:], samples["learner"], strict=True)]
     found = {
         "rollout_over_bare": ratios(samples["rollout"], samples["bare"]),
         "pipeline_over_limit": ratios(samples["pipeline"], limits),
@@ -92,6 +93,7 @@ class Bench:
         self.cores = cores
         self.batch: list[Any] = []
         self.version = 0
+        self.sampled: list[float] = []
         self.idle: list[float] = []
         self.paused: list[float] = []
         fleet = self.fleet
@@ -131,10 +133,11 @@ class Bench:
         groups = asyncio.run(generate())
         seconds = time.perf_counter() - start
         self.batch = groups[: self.config.rollout.prompts_per_step]
+        self.sampled.append(GROUPS * self.config.rollout.samples_per_prompt / seconds)
         return sum(summary.tokens for summary, _ in groups) / seconds
 
     def learner(self) -> float:
-        """Trained response tokens per second of the learner alone, on a batch the actors just made."""
+        """Responses trained per second by the learner alone, on a batch the actors just made."""
         import ray
 
         from rlsys.control.ports import FinishedGroup
@@ -151,20 +154,20 @@ class Bench:
         ]
 
         async def train() -> float:
-            tokens, start = 0, time.perf_counter()
+            start = time.perf_counter()
             for _ in range(self.config.staleness.max):  # the batch may not grow staler than that
                 update = await port.update(batch, reference)
-                tokens += update.step.trained_tokens
                 self.version = update.step.version
                 ticket = update.ticket
-            rate = tokens / (time.perf_counter() - start)
+            responses = self.config.staleness.max * len(batch) * self.config.rollout.samples_per_prompt
+            rate = responses / (time.perf_counter() - start)
             await self.fleet.weights.publish.remote(ticket)
             return rate
 
         return asyncio.run(train())
 
     def pipeline(self) -> float:
-        """Trained response tokens per second of the whole loop, over the steps after the first five."""
+        """Responses trained per second by the whole loop, over the steps after the first five."""
         from rlsys.control.build import connect
         from rlsys.control.loop import TrainingLoop
         from rlsys.observability.run_directory import RunDirectory
@@ -190,7 +193,7 @@ class Bench:
         seconds = sum(r["throughput/step_s"] for r in rows)
         self.idle.append(sum(r["throughput/learner_idle_s"] for r in rows) / seconds)
         self.paused.append(sum(r["weight_sync/pause_s"] for r in rows) / seconds)
-        return sum(r["throughput/trained_tokens_per_s"] * r["throughput/step_s"] for r in rows) / seconds
+        return len(rows) * config.rollout.prompts_per_step * config.rollout.samples_per_prompt / seconds
 
 
 if __name__ == "__main__":
