@@ -56,7 +56,7 @@ def study(
     as_json: AsJson = False,
     out_dir: OutDirectory = None,
 ) -> None:
-    """Objective × correction × staleness: bias, variance, MSE and cosine to the exact gradient of E[r]."""
+    """Objective × correction × staleness: bias, variance, MSE and cosine to the exact gradient of expected reward."""
     from rlsys.algo.corrections import CORRECTIONS
     from rlsys.algo.objectives import OBJECTIVES
     from rlsys.lab.report import study_to_json
@@ -89,7 +89,7 @@ def study(
 @app.command(epilog="Example: rlsys lab claims --only 3,5 --out lab/")
 def claims(
     only: Annotated[str, typer.Option(help="Numbers of claims.")] = "all",
-    tasks: Annotated[int, typer.Option(help="Random problems behind each interval.")] = CLAIM_TASKS,
+    tasks: Annotated[int, typer.Option(min=8, help="Random problems behind each interval.")] = CLAIM_TASKS,
     as_json: AsJson = False,
     out_dir: OutDirectory = None,
 ) -> None:

@@ -159,7 +159,11 @@ def _draw_allocations(
     left, right = plots.panels(figure, 2)
     shown = [x for x in prompts if x.pass_rate > 1e-3]
     left.loglog(
-        [x.norm / math.sqrt(x.pass_rate) for x in shown], [math.sqrt(x.variance) for x in shown], "o", markersize=4
+        [x.norm / math.sqrt(x.pass_rate) for x in shown],
+        [math.sqrt(x.variance) for x in shown],
+        "o",
+        color=plots.BLUE,
+        markersize=4,
     )
     low, high = left.get_xlim()
     left.plot([low, high], [low, high], color=plots.RED, linewidth=1, label="equal")
@@ -177,7 +181,7 @@ def _draw_allocations(
     right.axvline(1.0, color=plots.INK, linewidth=1)
     right.set_xscale("log")
     right.set(title="Variance of GVM over that of others", xlabel="ratio", ylabel="share of batches below")
-    right.legend(loc="center right")
+    right.legend(loc="upper center", bbox_to_anchor=(0.5, -0.18), ncols=2)
 
 
 class Prompt(NamedTuple):

@@ -231,5 +231,4 @@ def _draw(
     for axes in (left, right):
         axes.set_xticks(lengths, [str(t) for t in lengths])
         axes.minorticks_off()
-    left.legend(loc="upper left", bbox_to_anchor=(0.0, 0.92))
-    right.legend()
+        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2)

@@ -89,7 +89,7 @@ def log_objective(tasks: int) -> Outcome:
     rounds = {m: _expected_draws(4, 0.1, m) for m in (1, 2, 4, 8, 16)}
     measured_rounds = _draws_until(4, 0.1, 4, prompts)
     unbiased, naive = _stopped_rates(4, 0.1)
-    rates = [i / 50 for i in range(1, 50)]
+    rates = [10 ** (i / 10) for i in range(-27, 1)]
 
     def draw(figure: "Figure") -> None:
         left, middle, right = plots.panels(figure, 3)

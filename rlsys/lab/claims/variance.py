@@ -53,29 +53,6 @@ def baseline(tasks: int) -> Outcome:
         moved = [_with_baseline(case, b, 0.5 * case.direction, "reinforce").mean for b in (0.0, average)]
         unweighted.append(float((moved[1] - moved[0]).norm() / truth.norm()))
     groups = [_group_baselines(random_case(2, 3, 10, seed)) for seed in range(tasks // 2)]
-    parabola = random_case(3, 4, 10, 0)
-    points = [i / 20 for i in range(-4, 25)]
-
-    def draw(figure: "Figure") -> None:
-        left, right = plots.panels(figure, 2)
-        left.plot(points, [_with_baseline(parabola, b).variance for b in points], color=plots.BLUE)
-        average = float(exact.expected_reward(parabola.tree, parabola.policy, parabola.rewards))
-        for b, color, label in (
-            (0.0, plots.GREY, "no baseline"),
-            (average, plots.ORANGE, "mean reward"),
-            (_best_baseline(parabola), plots.GREEN, "best constant"),
-        ):
-            left.plot([b], [_with_baseline(parabola, b).variance], "o", color=color, markersize=8, label=label)
-        left.set(title="Same mean, other variance", xlabel="baseline b", ylabel="variance per response")
-        left.set_ylim(bottom=0)
-        left.legend()
-        right.plot(list(ratios), list(ratios.values()), "o", color=plots.ORANGE, alpha=0.7, label="mean reward / none")
-        right.axhline(1.0, color=plots.INK, linewidth=1)
-        right.set(
-            title="What the mean reward saves", xlabel="pass rate of the prompt", ylabel="variance ratio", xlim=(0, 1)
-        )
-        right.set_ylim(bottom=0)
-        right.legend()
 
     return Outcome(
         checks=(
@@ -87,12 +64,35 @@ def baseline(tasks: int) -> Outcome:
             at_most("mean reward: variance ratio, mean over tasks", 0.95, mean(list(ratios.values()))),
             at_least("off-policy, unweighted: smallest shift (the measurement can tell)", 1e-3, unweighted),
         ),
-        draw=draw,
+        draw=lambda figure: _draw_baseline(figure, random_case(3, 4, 10, 0), ratios),
         notes=(
             f"a small group is a noisy baseline: rloo in groups of 3 has {fmean(g.ratio for g in groups):.2f} times "
             "the variance of no baseline at a pass rate of 0.25",
         ),
     )
+
+
+def _draw_baseline(figure: "Figure", parabola: Case, ratios: dict[float, float]) -> None:
+    points = [i / 20 for i in range(-4, 25)]
+    left, right = plots.panels(figure, 2)
+    left.plot(points, [_with_baseline(parabola, b).variance for b in points], color=plots.BLUE)
+    average = float(exact.expected_reward(parabola.tree, parabola.policy, parabola.rewards))
+    for b, color, label in (
+        (0.0, plots.GREY, "no baseline"),
+        (average, plots.ORANGE, "mean reward"),
+        (_best_baseline(parabola), plots.GREEN, "best constant"),
+    ):
+        left.plot([b], [_with_baseline(parabola, b).variance], "o", color=color, markersize=8, label=label)
+    left.set(title="Same mean, other variance", xlabel="baseline b", ylabel="variance per response")
+    left.set_ylim(bottom=0)
+    left.legend()
+    right.plot(list(ratios), list(ratios.values()), "o", color=plots.ORANGE, alpha=0.7, label="mean reward / none")
+    right.axhline(1.0, color=plots.INK, linewidth=1)
+    right.set(
+        title="What the mean reward saves", xlabel="pass rate of the prompt", ylabel="variance ratio", xlim=(0, 1)
+    )
+    right.set_ylim(bottom=0)
+    right.legend()
 
 
 def _with_baseline(case: Case, b: float, move: Tensor | float = 0.0, objective: str = "reinforce") -> Moments:
@@ -144,7 +144,7 @@ def _group_baselines(case: Case, size: int = 3) -> GroupBaselines:
 
 
 class StepWeights(NamedTuple):
-    """One setting of claim 11: the errors of both means, added, and ratios of variances, per-step over whole-response."""
+    """One setting of claim 11: the errors of both means, added; variances, per-step over whole-response."""
 
     kind: str
     horizon: int
@@ -173,22 +173,6 @@ def step_rewards(tasks: int) -> Outcome:
     ]
     typical = [s for s in found if s.kind != "taken back"]
     contrary = [s for s in found if s.kind == "taken back"]
-    colors = {"signed": plots.BLUE, "positive": plots.GREEN, "taken back": plots.RED}
-
-    def draw(figure: "Figure") -> None:
-        left, right = plots.panels(figure, 2, sharey=True)
-        for kind, color in colors.items():
-            own = [s for s in found if s.kind == kind]
-            for axes, ratios in ((left, [s.value_ratio for s in own]), (right, [s.gradient_ratio for s in own])):
-                axes.loglog(
-                    [s.drift for s in own], ratios, "o", color=color, alpha=0.7, markersize=4, label=f"{kind} rewards"
-                )
-        for axes in (left, right):
-            axes.axhline(1.0, color=plots.INK, linewidth=1)
-            axes.set(xlabel="token drift √E(r−1)²")
-        left.set(title="Estimate of E Σρ", ylabel="variance: per step / whole response")
-        right.set(title="Gradient: is_token / is_sequence")
-        left.legend()
 
     return Outcome(
         checks=(
@@ -212,12 +196,29 @@ def step_rewards(tasks: int) -> Outcome:
                 mean([s.value_ratio for s in contrary]),
             ),
         ),
-        draw=draw,
+        draw=lambda figure: _draw_step_weights(figure, found),
         notes=(
             f"per-step weights had the lower variance in {_lower(typical)} typical settings, and in {_lower(contrary)} "
             "where a later reward takes an earlier one back",
         ),
     )
+
+
+def _draw_step_weights(figure: "Figure", found: list[StepWeights]) -> None:
+    colors = {"signed": plots.BLUE, "positive": plots.GREEN, "taken back": plots.RED}
+    left, right = plots.panels(figure, 2, sharey=True)
+    for kind, color in colors.items():
+        own = [s for s in found if s.kind == kind]
+        for axes, ratios in ((left, [s.value_ratio for s in own]), (right, [s.gradient_ratio for s in own])):
+            axes.loglog(
+                [s.drift for s in own], ratios, "o", color=color, alpha=0.7, markersize=4, label=f"{kind} rewards"
+            )
+    for axes in (left, right):
+        axes.axhline(1.0, color=plots.INK, linewidth=1)
+        axes.set(xlabel="token drift √E(r−1)²")
+    left.set(title="Estimate of E Σρ", ylabel="variance: per step / whole response")
+    right.set(title="Gradient: is_token / is_sequence")
+    left.legend()
 
 
 def _lower(settings: list[StepWeights]) -> str:
