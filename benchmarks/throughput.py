@@ -24,7 +24,7 @@ from rlsys.config import load_config
 from rlsys.config.schema import RunConfig
 
 STEPS = 24
-GROUPS = 256
+GROUPS = 768
 
 
 def main() -> None:
@@ -69,6 +69,36 @@ def measure(config: RunConfig, rounds: int) -> dict[str, Any]:
     return {"samples": samples, "ratios": found, "summary": {n: summary(v) for n, v in {**samples, **found}.items()}}
 
 
+class Rate:
+    """Groups as they finish. Rates are those of the middle half: neither the first requests nor the last stragglers."""
+
+    def __init__(self) -> None:
+        self._times: list[float] = []
+        self._tokens: list[int] = []
+
+    def add(self, tokens: int) -> None:
+        """A group of that many tokens finished now."""
+        self._times.append(time.perf_counter())
+        self._tokens.append(tokens)
+
+    @property
+    def groups_per_s(self) -> float:
+        """Of the middle half."""
+        first, last = self._middle
+        return (last - first) / (self._times[last] - self._times[first])
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Of the middle half."""
+        first, last = self._middle
+        return sum(self._tokens[first + 1 : last + 1]) / (self._times[last] - self._times[first])
+
+    @property
+    def _middle(self) -> tuple[int, int]:
+        n = len(self._times)
+        return n // 4, n - n // 4
+
+
 class Bench:
     """One engine in this process and one fleet of actors, used in turn."""
 
@@ -109,15 +139,15 @@ class Bench:
         rollout = self.config.rollout
         sampling = Sampling(max_new_tokens=rollout.max_new_tokens, temperature=rollout.temperature)
         prompts = [next(self.prompts.source) for _ in range(GROUPS)]
+        finished = Rate()
         os.sched_setaffinity(0, {self.cores[0]})
-        start, tokens = time.perf_counter(), 0
         for i, prompt in enumerate(prompts):
-            self.engine.add(f"{start}-{i}", prompt.token_ids, rollout.samples_per_prompt, sampling)
+            self.engine.add(f"{self.version}-{i}", prompt.token_ids, rollout.samples_per_prompt, sampling)
         while self.engine.busy:
-            tokens += sum(len(r.response_ids) for _, responses in self.engine.step() for r in responses)
-        seconds = time.perf_counter() - start
+            for _, responses in self.engine.step():
+                finished.add(sum(len(r.response_ids) for r in responses))
         os.sched_setaffinity(0, self.cores)
-        return tokens / seconds
+        return finished.tokens_per_s
 
     def rollout(self) -> float:
         """Generated tokens per second through the rollout actors."""
@@ -125,16 +155,19 @@ class Bench:
 
         ports = [RemoteRollout(handle) for handle in self.fleet.rollouts.values()]
         prompts = [next(self.prompts.source) for _ in range(GROUPS)]
+        finished = Rate()
+
+        async def one(index: int) -> Any:
+            summary, payload = await ports[index % len(ports)].generate(index, 1, prompts[index])
+            finished.add(summary.tokens)
+            return summary, payload
 
         async def generate() -> list[Any]:
-            return await asyncio.gather(*(ports[i % len(ports)].generate(i, 1, p) for i, p in enumerate(prompts)))
+            return await asyncio.gather(*map(one, range(GROUPS)))
 
-        start = time.perf_counter()
-        groups = asyncio.run(generate())
-        seconds = time.perf_counter() - start
-        self.batch = groups[: self.config.rollout.prompts_per_step]
-        self.sampled.append(GROUPS * self.config.rollout.samples_per_prompt / seconds)
-        return sum(summary.tokens for summary, _ in groups) / seconds
+        self.batch = asyncio.run(generate())[: self.config.rollout.prompts_per_step]
+        self.sampled.append(finished.groups_per_s * self.config.rollout.samples_per_prompt)
+        return finished.tokens_per_s
 
     def learner(self) -> float:
         """Responses trained per second by the learner alone, on a batch the actors just made."""

@@ -3,9 +3,9 @@
 All are frozen and keyword-only. Token data are NumPy arrays so that Ray moves them without copies.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -85,6 +85,26 @@ class RolloutGroup:
     started_at: float
     finished_at: float
 
+    def __reduce__(self) -> tuple[Callable[..., "RolloutGroup"], tuple[object, ...]]:
+        """Pickled as columns, five times as fast: a tiny model finishes hundreds of groups a second."""
+        rollouts = self.rollouts
+        columns = (
+            tuple((r.sample, len(r.response_ids), r.finish_reason, r.text) for r in rollouts),
+            tuple(tuple((s.start, s.stop, s.version) for s in r.version_spans) for r in rollouts),
+            np.concatenate([r.response_ids for r in rollouts]).astype(np.int32, copy=False).tobytes(),
+            np.concatenate([r.behavior_logprobs for r in rollouts]).astype(np.float32, copy=False).tobytes(),
+            np.concatenate([r.loss_mask for r in rollouts]).astype(np.bool_, copy=False).tobytes(),
+        )
+        return _from_columns, (
+            self.slot,
+            self.attempt,
+            self.worker,
+            self.prompt,
+            self.started_at,
+            self.finished_at,
+            columns,
+        )
+
     def summary(self) -> GroupSummary:
         """What the controller needs to know of this group."""
         versions = [span.version for rollout in self.rollouts for span in rollout.version_spans]
@@ -98,6 +118,37 @@ class RolloutGroup:
             started_at=self.started_at,
             finished_at=self.finished_at,
         )
+
+
+def _from_columns(
+    slot: int, attempt: int, worker: str, prompt: Prompt, started_at: float, finished_at: float, columns: Any
+) -> RolloutGroup:
+    heads, spans, response_ids, behavior_logprobs, loss_mask = columns
+    ids, logprobs = np.frombuffer(response_ids, np.int32), np.frombuffer(behavior_logprobs, np.float32)
+    mask = np.frombuffer(loss_mask, np.bool_)
+    rollouts, start = [], 0
+    for (sample, length, finish_reason, text), of_rollout in zip(heads, spans, strict=True):
+        tokens = slice(start, start := start + length)
+        rollouts.append(
+            Rollout(
+                sample=sample,
+                response_ids=ids[tokens],
+                behavior_logprobs=logprobs[tokens],
+                loss_mask=mask[tokens],
+                version_spans=tuple(VersionSpan(start=a, stop=b, version=v) for a, b, v in of_rollout),
+                finish_reason=finish_reason,
+                text=text,
+            )
+        )
+    return RolloutGroup(
+        slot=slot,
+        attempt=attempt,
+        worker=worker,
+        prompt=prompt,
+        rollouts=tuple(rollouts),
+        started_at=started_at,
+        finished_at=finished_at,
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

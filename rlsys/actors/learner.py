@@ -7,9 +7,10 @@ from typing import Any
 
 import ray
 
+from rlsys.actors.bundle import Bundle, Place, select
 from rlsys.actors.process import settle
 from rlsys.config.schema import RunConfig
-from rlsys.records import BatchArrays, FloatArray, GroupScore, LearnerStep, RolloutGroup, ScoredGroup
+from rlsys.records import BatchArrays, FloatArray, GroupScore, LearnerStep, ScoredGroup
 from rlsys.versions import PolicyVersion
 from rlsys.weights.transport import WeightTicket
 
@@ -56,10 +57,14 @@ class LearnerActor:
         self._tickets: list[WeightTicket] = []
 
     def update(
-        self, scores: Sequence[GroupScore], reference: Sequence[FloatArray] | None, *groups: RolloutGroup
+        self,
+        scores: Sequence[GroupScore],
+        reference: Sequence[FloatArray] | None,
+        places: Sequence[Place],
+        *bundles: Bundle,
     ) -> tuple[LearnerStep, WeightTicket, BatchArrays]:
         """One optimizer step. Call with `num_returns=3`: the arrays stay in the object store."""
-        batch = [ScoredGroup(group=g, score=s) for g, s in zip(groups, scores, strict=True)]
+        batch = [ScoredGroup(group=g, score=s) for g, s in zip(select(places, bundles), scores, strict=True)]
         update = self._learner.update(batch, reference)
         return update.step, self.publish(), update.arrays
 

@@ -1,12 +1,14 @@
 """The recorder actor: writes every token of a batch to parquet, off everyone's path."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import ray
 
+from rlsys.actors.bundle import Bundle, Place, select
 from rlsys.actors.process import settle
 from rlsys.config.schema import RunConfig
-from rlsys.records import BatchArrays, GroupScore, RolloutGroup
+from rlsys.records import BatchArrays, GroupScore
 
 
 @ray.remote
@@ -18,9 +20,15 @@ class RecorderActor:
         self._directory = config.path / "rollouts"
 
     def write(
-        self, name: str, version: int, scores: list[GroupScore], arrays: BatchArrays, *groups: RolloutGroup
+        self,
+        name: str,
+        version: int,
+        scores: Sequence[GroupScore],
+        arrays: BatchArrays,
+        places: Sequence[Place],
+        *bundles: Bundle,
     ) -> Path:
         """One file for the step that made `version`, or was refused at it; returns its path."""
         from rlsys.observability.rollouts import write_rollouts
 
-        return write_rollouts(self._directory / f"{name}.parquet", version, groups, scores, arrays)
+        return write_rollouts(self._directory / f"{name}.parquet", version, select(places, bundles), scores, arrays)

@@ -1,10 +1,13 @@
 """The reference actor: log-probabilities of the frozen reference policy for the KL."""
 
+from collections.abc import Sequence
+
 import ray
 
+from rlsys.actors.bundle import Bundle, Place, select
 from rlsys.actors.process import settle
 from rlsys.config.schema import RunConfig
-from rlsys.records import FloatArray, RolloutGroup
+from rlsys.records import FloatArray
 
 
 @ray.remote(concurrency_groups={"control": 1})
@@ -28,9 +31,9 @@ class ReferenceActor:
             device="cuda" if on_gpu else "cpu",
         )
 
-    def score(self, *groups: RolloutGroup) -> list[FloatArray]:
+    def score(self, places: Sequence[Place], *bundles: Bundle) -> list[FloatArray]:
         """log π_ref per response, [T] each: groups in order, rollouts in order."""
-        return self._scorer.score(groups)
+        return self._scorer.score(select(places, bundles))
 
     @ray.method(concurrency_group="control")
     def ready(self) -> bool:

@@ -2,11 +2,14 @@
 
 import asyncio
 from collections.abc import Sequence
+from typing import cast
 
 import ray
 
+from rlsys.actors.bundle import Bundle, Place, select
 from rlsys.actors.process import settle
 from rlsys.config.schema import RunConfig
+from rlsys.errors import RewardError
 from rlsys.records import GroupScore, RolloutGroup
 
 
@@ -22,14 +25,21 @@ class RewardActor:
         self._function = resolve_reward(config.reward.function, build_task(config.task, config.seed).score)
         self._config = config.reward
 
-    async def score(self, group: RolloutGroup) -> GroupScore:
-        """One reward per response. Raises `RewardError` when a reward cannot be had."""
+    async def score(self, places: Sequence[Place], *bundles: Bundle) -> list[GroupScore | RewardError]:
+        """One reward per response of every group; of a group whose rewards cannot be had, why."""
+        scores = await asyncio.gather(*map(self._score, select(places, bundles)), return_exceptions=True)
+        for score in scores:
+            if isinstance(score, BaseException) and not isinstance(score, RewardError):
+                raise score
+        return cast("list[GroupScore | RewardError]", scores)
+
+    async def score_all(self, groups: Sequence[RolloutGroup]) -> list[GroupScore]:
+        """The same for all groups of one bundle. Raises `RewardError`."""
+        return [await self._score(group) for group in groups]
+
+    async def _score(self, group: RolloutGroup) -> GroupScore:
         from rlsys.rewards import score_group
 
         return await asyncio.to_thread(
             score_group, self._function, group, timeout_s=self._config.timeout_s, retries=self._config.retries
         )
-
-    async def score_all(self, groups: Sequence[RolloutGroup]) -> list[GroupScore]:
-        """The same for several groups, in order."""
-        return [await self.score(group) for group in groups]

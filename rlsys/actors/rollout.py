@@ -2,17 +2,37 @@
 
 import asyncio
 import time
+from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from concurrent.futures import Future
+from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import ray
 
+from rlsys.actors.bundle import Bundle
+from rlsys.actors.outbox import Outbox
 from rlsys.actors.process import settle
 from rlsys.config.schema import RunConfig
+from rlsys.engines.protocol import Sampled, Sampling
 from rlsys.records import GroupSummary, Prompt, Rollout, RolloutGroup
 from rlsys.versions import PolicyVersion
 from rlsys.weights.transport import WeightTicket
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """One group that a client wants; `key` is the client's own name for it."""
+
+    key: int
+    slot: int
+    attempt: int
+    prompt: Prompt
+
+
+Outcome = tuple[int, GroupSummary | BaseException]
+"""A request's key, and what became of it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,24 +61,50 @@ class RolloutActor:
         self._transport = ObjectStoreTransport()
         self._name = name
         self._rollout = config.rollout
+        self._sampling = Sampling(max_new_tokens=config.rollout.max_new_tokens, temperature=config.rollout.temperature)
+        self._outboxes: defaultdict[str, Outbox[tuple[Outcome, RolloutGroup | None]]] = defaultdict(Outbox)
 
-    async def generate(self, slot: int, attempt: int, prompt: Prompt) -> tuple[GroupSummary, RolloutGroup]:
-        """Sample one group. Call with `num_returns=2`: the summary travels, the group stays."""
-        return await self._sample(slot, attempt, prompt, self._rollout.samples_per_prompt, self._rollout.temperature)
+    async def submit(self, client: str, requests: Sequence[Request]) -> None:
+        """Start sampling groups; `collect` hands them out."""
+        outbox, rollout = self._outboxes[client], self._rollout
+        for request in requests:
+            started = time.time()
+            future = self._driver.start(request.prompt.token_ids, rollout.samples_per_prompt, self._sampling)
+            future.add_done_callback(partial(self._deliver, outbox, request, started))
+
+    async def collect(self, client: str) -> tuple[list[Outcome], Bundle]:
+        """What became of all requests of a client that ended since its last call; waits for one.
+
+        Call with `num_returns=2`: the outcomes travel, the bundle stays. It holds the groups of those that succeeded.
+        """
+        ended = await self._outboxes[client].take()
+        return [outcome for outcome, _ in ended], [group for _, group in ended if group is not None]
 
     async def greedy(self, prompts: Sequence[Prompt]) -> tuple[list[GroupSummary], list[RolloutGroup]]:
         """One greedy response to each prompt. Call with `num_returns=2`."""
-        results = await asyncio.gather(*(self._sample(-1, 0, prompt, 1, 0.0) for prompt in prompts))
-        return [summary for summary, _ in results], [group for _, group in results]
+        started, sampling = time.time(), replace(self._sampling, temperature=0.0)
+        responses = await asyncio.gather(*(self._driver.generate(p.token_ids, 1, sampling) for p in prompts))
+        groups = [
+            self._group(Request(key=i, slot=-1, attempt=0, prompt=prompt), started, responses[i])
+            for i, prompt in enumerate(prompts)
+        ]
+        return [group.summary() for group in groups], groups
 
-    async def _sample(
-        self, slot: int, attempt: int, prompt: Prompt, samples: int, temperature: float
-    ) -> tuple[GroupSummary, RolloutGroup]:
-        from rlsys.engines.protocol import Sampling
+    def _deliver(
+        self,
+        outbox: Outbox[tuple[Outcome, RolloutGroup | None]],
+        request: Request,
+        started: float,
+        future: Future[list[Sampled]],
+    ) -> None:
+        """In the engine's thread, so that a group costs the event loop nothing."""
+        if (error := future.exception()) is not None:  # its client raises it
+            outbox.put(((request.key, error), None))
+        else:
+            group = self._group(request, started, future.result())
+            outbox.put(((request.key, group.summary()), group))
 
-        started = time.time()
-        sampling = Sampling(max_new_tokens=self._rollout.max_new_tokens, temperature=temperature)
-        responses = await self._driver.generate(prompt.token_ids, samples, sampling)
+    def _group(self, request: Request, started: float, responses: Sequence[Sampled]) -> RolloutGroup:
         rollouts = tuple(
             Rollout(
                 sample=i,
@@ -71,16 +117,15 @@ class RolloutActor:
             )
             for i, r in enumerate(responses)
         )
-        group = RolloutGroup(
-            slot=slot,
-            attempt=attempt,
+        return RolloutGroup(
+            slot=request.slot,
+            attempt=request.attempt,
             worker=self._name,
-            prompt=prompt,
+            prompt=request.prompt,
             rollouts=rollouts,
             started_at=started,
             finished_at=time.time(),
         )
-        return group.summary(), group
 
     @ray.method(concurrency_group="control")
     async def apply(self, ticket: WeightTicket) -> float:

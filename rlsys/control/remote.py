@@ -2,15 +2,17 @@
 
 import asyncio
 import itertools
+import secrets
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import ray
 from ray.actor import ActorHandle
 from ray.exceptions import ActorDiedError, ActorUnavailableError, RayTaskError
 
-from rlsys.actors.rollout import RolloutStats
+from rlsys.actors.bundle import Place
+from rlsys.actors.rollout import Request, RolloutStats
 from rlsys.control.ports import FinishedGroup, FleetStats, Payload, Update, WorkerLost
 from rlsys.errors import RlsysError
 from rlsys.records import GroupScore, GroupSummary, Prompt
@@ -42,16 +44,73 @@ def _translate(error: Exception) -> Exception:
     return error
 
 
+class Part(NamedTuple):
+    """One group of a bundle that a rollout actor made: the loop's payload."""
+
+    bundle: ray.ObjectRef
+    place: int
+
+
+def places_in(parts: Sequence[Part]) -> tuple[list[Place], list[ray.ObjectRef]]:
+    """Where each part is in the bundles that hold them, every bundle once.
+
+    >>> places_in([Part("a", 1), Part("b", 0), Part("a", 0)])
+    ([(0, 1), (1, 0), (0, 0)], ['a', 'b'])
+    """
+    order: dict[ray.ObjectRef, int] = {}
+    places = [(order.setdefault(part.bundle, len(order)), part.place) for part in parts]
+    return places, list(order)
+
+
 class RemoteRollout:
-    """One rollout actor."""
+    """One rollout actor. Requests made at one moment travel together, and so do groups that finish together."""
 
     def __init__(self, handle: ActorHandle) -> None:
         self.handle = handle
+        self._client = secrets.token_hex(8)
+        self._keys = itertools.count()
+        self._unsent: list[Request] = []
+        self._waiting: dict[int, asyncio.Future[tuple[GroupSummary, Payload]]] = {}
+        self._collector: asyncio.Task[None] | None = None
 
     async def generate(self, slot: int, attempt: int, prompt: Prompt) -> tuple[GroupSummary, Payload]:
         """See `RolloutPort`."""
-        summary, group = self.handle.generate.options(num_returns=2).remote(slot, attempt, prompt)
-        return await call(summary), group
+        request = Request(key=next(self._keys), slot=slot, attempt=attempt, prompt=prompt)
+        loop = asyncio.get_running_loop()
+        future = self._waiting[request.key] = loop.create_future()
+        if not self._unsent:
+            loop.call_soon(self._submit)
+        self._unsent.append(request)
+        return await future
+
+    def _submit(self) -> None:
+        submitted = self.handle.submit.remote(self._client, self._unsent)
+        self._unsent = []
+        if self._collector is None:
+            self._collector = asyncio.create_task(self._collect(submitted))
+
+    async def _collect(self, submitted: ray.ObjectRef) -> None:
+        try:
+            await call(submitted)
+            while self._waiting:
+                outcomes, bundle = self.handle.collect.options(num_returns=2).remote(self._client)
+                place = itertools.count()
+                for key, outcome in await call(outcomes):
+                    part = Part(bundle, next(place)) if isinstance(outcome, GroupSummary) else None
+                    future = self._waiting.pop(key)
+                    if future.done():  # its caller left
+                        continue
+                    if part is not None:
+                        future.set_result((outcome, part))
+                    else:
+                        future.set_exception(outcome)
+        except Exception as error:
+            for future in self._waiting.values():
+                if not future.done():
+                    future.set_exception(error)
+            self._waiting.clear()
+        finally:
+            self._collector = None
 
     async def greedy(self, prompts: Sequence[Prompt]) -> tuple[list[GroupSummary], Payload]:
         """See `RolloutPort`."""
@@ -67,15 +126,41 @@ class RemoteRollout:
 
 
 class RemoteRewards:
-    """All reward actors, in turn."""
+    """All reward actors, in turn. Groups handed over at one moment travel together."""
 
     def __init__(self, handles: Sequence[ActorHandle]) -> None:
         self._next = itertools.cycle(handles)
+        self._unsent: list[tuple[Part, asyncio.Future[GroupScore]]] = []
+        self._sent: set[asyncio.Task[None]] = set()
 
-    async def score(self, payload: Payload) -> GroupScore:
+    async def score(self, payload: Part) -> GroupScore:
         """See `RewardPort`."""
-        score: GroupScore = await call(next(self._next).score.remote(payload))
-        return score
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[GroupScore] = loop.create_future()
+        if not self._unsent:
+            loop.call_soon(self._send)
+        self._unsent.append((payload, future))
+        return await future
+
+    def _send(self) -> None:
+        task = asyncio.create_task(self._score(self._unsent))
+        self._unsent = []
+        self._sent.add(task)
+        task.add_done_callback(self._sent.discard)
+
+    async def _score(self, asked: Sequence[tuple[Part, asyncio.Future[GroupScore]]]) -> None:
+        places, bundles = places_in([part for part, _ in asked])
+        try:
+            scores = await call(next(self._next).score.remote(places, *bundles))
+        except Exception as error:
+            scores = [error] * len(asked)
+        for (_, future), score in zip(asked, scores, strict=True):
+            if future.done():  # its caller left
+                continue
+            if isinstance(score, Exception):
+                future.set_exception(score)
+            else:
+                future.set_result(score)
 
     async def score_all(self, payload: Payload) -> list[GroupScore]:
         """See `RewardPort`."""
@@ -89,9 +174,10 @@ class RemoteReference:
     def __init__(self, handle: ActorHandle) -> None:
         self._handle = handle
 
-    def score(self, payloads: Sequence[Payload]) -> Payload:
+    def score(self, payloads: Sequence[Part]) -> Payload:
         """See `ReferencePort`."""
-        return self._handle.score.remote(*payloads)
+        places, bundles = places_in(payloads)
+        return self._handle.score.remote(places, *bundles)
 
 
 class RemoteLearner:
@@ -102,9 +188,9 @@ class RemoteLearner:
 
     async def update(self, batch: Sequence[FinishedGroup], reference: Payload | None) -> Update:
         """See `LearnerPort`."""
-        scores = [group.score for group in batch]
+        places, bundles = places_in([group.payload for group in batch])
         step, ticket, arrays = self._handle.update.options(num_returns=3).remote(
-            scores, reference, *(group.payload for group in batch)
+            [group.score for group in batch], reference, places, *bundles
         )
         return Update(step=await call(step), ticket=await call(ticket), arrays=arrays)
 
@@ -146,8 +232,9 @@ class RemoteRecorder:
 
     async def write(self, name: str, version: int, batch: Sequence[FinishedGroup], arrays: Payload) -> None:
         """See `RecorderPort`."""
+        places, bundles = places_in([group.payload for group in batch])
         scores = [group.score for group in batch]
-        await call(self._handle.write.remote(name, version, scores, arrays, *(group.payload for group in batch)))
+        await call(self._handle.write.remote(name, version, scores, arrays, places, *bundles))
 
 
 async def all_ready(references: Sequence[Any]) -> None:

@@ -1,6 +1,6 @@
 """Runs an engine in one thread, beside an asyncio loop that submits prompts and swaps weights.
 
-    generate() ──┐                      ┌── futures resolve
+    start() ─────┐                      ┌── futures resolve
                  ├─ inbox ─► [thread: apply? → add → step → deliver] ─┘
     apply() ─────┘
 
@@ -54,8 +54,11 @@ class EngineDriver:
         """Groups submitted and not finished."""
         return len(self._pending)
 
-    async def generate(self, prompt_ids: tuple[int, ...], samples: int, sampling: Sampling) -> list[Sampled]:
-        """All responses to one prompt. Raises `PromptRefused`, or `EngineError` when the engine has stopped."""
+    def start(self, prompt_ids: tuple[int, ...], samples: int, sampling: Sampling) -> Future[list[Sampled]]:
+        """All responses to one prompt, in time. Its callbacks run in the engine's thread, between decode steps.
+
+        It fails with `PromptRefused`, or with `EngineError` when the engine has stopped.
+        """
         future: Future[list[Sampled]] = Future()
         key = str(next(self._keys))
 
@@ -67,7 +70,12 @@ class EngineDriver:
             else:
                 self._pending[key] = future
 
-        return await self._call(future, submit)
+        self._put(future, submit)
+        return future
+
+    async def generate(self, prompt_ids: tuple[int, ...], samples: int, sampling: Sampling) -> list[Sampled]:
+        """`start`, awaited."""
+        return await asyncio.wrap_future(self.start(prompt_ids, samples, sampling))
 
     async def apply(self, manifest: WeightManifest, buffer: Buffer) -> ApplyReport:
         """Serve a new version after the decode step that runs now. Raises what the engine raises."""
@@ -85,7 +93,8 @@ class EngineDriver:
             self.paused_s += pause
             future.set_result(ApplyReport(version=self._version, pause_s=pause))
 
-        return await self._call(future, swap)
+        self._put(future, swap)
+        return await asyncio.wrap_future(future)
 
     def close(self) -> None:
         """Stop the thread and the engine; unfinished requests fail with `EngineError`."""
@@ -93,15 +102,15 @@ class EngineDriver:
         self._thread.join(timeout=30)
         self._engine.shutdown()
 
-    async def _call(self, future: Future[T], command: Callable[[], None]) -> T:
+    def _put(self, future: Future[T], command: Callable[[], None]) -> None:
         """Let the thread run `command`, which resolves `future` sooner or later; its end resolves it too."""
         with self._lock:
             if self._ended:
-                raise self._end()
+                future.set_exception(self._end())
+                return
             self._unresolved.add(future)
             self._inbox.put((future, command))
         future.add_done_callback(self._unresolved.discard)
-        return await asyncio.wrap_future(future)
 
     def _end(self) -> EngineError:
         error = EngineError("the engine is closed" if self._failure is None else f"the engine stopped: {self._failure}")
