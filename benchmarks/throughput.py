@@ -171,20 +171,23 @@ class Bench:
 
     def learner(self) -> float:
         """Responses trained per second by the learner alone, on a batch the actors just made."""
-        import ray
-
         from rlsys.control.ports import FinishedGroup
-        from rlsys.control.remote import RemoteLearner
+        from rlsys.control.remote import RemoteLearner, RemoteReference, RemoteRewards
 
-        payloads = [payload for _, payload in self.batch]
-        scores = ray.get([self.fleet.rewards[0].score.remote(p) for p in payloads])
-        reference = self.fleet.reference.score.remote(*payloads) if self.fleet.reference is not None else None
-        ray.wait([reference] if reference is not None else [ray.put(0)])
+        async def prepare() -> tuple[list[FinishedGroup], Any]:
+            rewards = RemoteRewards(self.fleet.rewards)
+            scores = await asyncio.gather(*(rewards.score(payload) for _, payload in self.batch))
+            batch = [
+                FinishedGroup(summary=summary, score=score, payload=payload)
+                for (summary, payload), score in zip(self.batch, scores, strict=True)
+            ]
+            if self.fleet.reference is None:
+                return batch, None
+            reference = RemoteReference(self.fleet.reference).score([group.payload for group in batch])
+            return batch, reference if await reference else None
+
+        batch, reference = asyncio.run(prepare())
         port = RemoteLearner(self.fleet.learner)
-        batch = [
-            FinishedGroup(summary=summary, score=score, payload=payload)
-            for (summary, payload), score in zip(self.batch, scores, strict=True)
-        ]
 
         async def train() -> float:
             start = time.perf_counter()
