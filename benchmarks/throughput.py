@@ -113,9 +113,11 @@ class Bench:
         self.fleet = start_actors(config, path, None, 0)
         self.prompts = load_prompts(config, path)
         RunDirectory(config.path).create("")
-        settle("other", pin=False)
+        settle(
+            "rollout", config.model_copy(update={"resources": config.resources.model_copy(update={"pin_cores": False})})
+        )
         cores = sorted(os.sched_getaffinity(0))
-        os.sched_setaffinity(0, assign_cores(cores, "rollout", index=0, threads=1))
+        os.sched_setaffinity(0, assign_cores(cores, "rollout"))
         from rlsys.engines.vllm_engine import VllmEngine
 
         self.engine = VllmEngine(path, config.model, config.rollout, seed=0)
@@ -204,6 +206,7 @@ class Bench:
 
     def pipeline(self) -> float:
         """Responses trained per second by the whole loop, over the steps after the first five."""
+        from rlsys.actors.process import assign_cores
         from rlsys.control.build import connect
         from rlsys.control.loop import TrainingLoop
         from rlsys.observability.run_directory import RunDirectory
@@ -223,7 +226,10 @@ class Bench:
             await loop.run()
 
         first = self.version
+        others = assign_cores(self.cores, "other", rollouts=config.rollout.workers)
+        os.sched_setaffinity(0, others)  # the loop runs in this process, on the cores that its own actor would have
         asyncio.run(run())
+        os.sched_setaffinity(0, self.cores)
         self.version = config.learner.steps
         rows = [r for r in directory.rows() if "reward/mean" in r and r["step"] > first + 5]
         seconds = sum(r["throughput/step_s"] for r in rows)

@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common import keep, ratios, say, summary
-from rlsys.config.schema import ModelConfig, RolloutConfig, TinyModelConfig
+from rlsys.config.schema import ModelConfig, ResourcesConfig, RolloutConfig, RunConfig, TinyModelConfig
+from rlsys.config.tasks import ArithmeticTask
 
 SIZES = {
     "0.8M": TinyModelConfig(),
@@ -49,7 +50,7 @@ def measure(tiny: TinyModelConfig, rounds: int) -> dict[str, Any]:
     """Seconds of every part, by round, and the ratios to a memcpy of the bytes."""
     from rlsys.actors.process import settle
 
-    settle("other", pin=False)
+    settle("other", RunConfig(task=ArithmeticTask(name="arithmetic"), resources=ResourcesConfig(pin_cores=False)))
     import numpy as np
     import ray
     import torch

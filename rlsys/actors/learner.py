@@ -22,7 +22,7 @@ class LearnerActor:
     def __init__(self, path: str, config: RunConfig, resume: Path | None) -> None:
         on_gpu = config.resources.learner_gpus > 0
         threads = config.resources.learner_threads
-        settle("learner", threads=threads, pin=config.resources.pin_cores and not on_gpu)
+        settle("learner", config, on_gpu=on_gpu)
         import torch
 
         from rlsys.learning.checkpoint import load

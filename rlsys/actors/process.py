@@ -5,40 +5,54 @@ import os
 from pathlib import Path
 from typing import Literal
 
+from rlsys.config.schema import RunConfig
+
 Role = Literal["learner", "rollout", "other"]
 
+YIELD = 10
+"""Niceness of the others: they work in what the learner leaves of its cores."""
 
-def settle(role: Role, *, index: int = 0, threads: int = 1, pin: bool) -> list[int]:
-    """Bind this process to its cores and its numeric libraries to `threads`; returns the cores.
 
-    With pinning, the learner owns the last `threads` cores of its node; the others share the rest, rollout
-    workers one core each in turn. One thread a process is what makes two of them share a small machine well.
-    Must run before torch is imported.
+def settle(role: Role, config: RunConfig, *, index: int = 0, on_gpu: bool = False) -> list[int]:
+    """Bind this process to its cores and its numeric libraries to as many threads; returns the cores.
+
+    One thread a process is what makes two of them share a small machine well. Without pinning
+    (`resources.pin_cores`, or on a GPU) it only counts its threads. Must run before torch is imported.
     """
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s", force=True)
+    learner_cores = config.resources.learner_threads
+    threads = learner_cores if role == "learner" else 1
     os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = str(threads)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    cores = assign_cores(sorted(os.sched_getaffinity(0)), role, index=index, threads=threads)
-    if pin:
+    cores = assign_cores(
+        sorted(os.sched_getaffinity(0)), role, index=index, learner=learner_cores, rollouts=config.rollout.workers
+    )
+    if config.resources.pin_cores and not on_gpu:
+        if role == "other":
+            os.nice(YIELD)
         for thread in Path("/proc/self/task").iterdir():
             _bind(int(thread.name), cores)
     return cores
 
 
-def assign_cores(cores: list[int], role: Role, *, index: int, threads: int) -> list[int]:
-    """The cores of one process.
+def assign_cores(cores: list[int], role: Role, *, index: int = 0, learner: int = 1, rollouts: int = 1) -> list[int]:
+    """The cores of one process, where the learner owns the last `learner` ones and `rollouts` workers one each.
 
-    >>> assign_cores([0, 1, 2, 3], "learner", index=0, threads=1)
+    The others keep off the workers' cores: a decode step that is interrupted delays hundreds of responses.
+
+    >>> assign_cores([0, 1, 2, 3], "learner")
     [3]
-    >>> assign_cores([0, 1, 2, 3], "rollout", index=4, threads=1)
+    >>> assign_cores([0, 1, 2, 3], "rollout", index=4, rollouts=5)
     [1]
+    >>> assign_cores([0, 1, 2, 3], "other", rollouts=2)
+    [2, 3]
     """
-    if len(cores) <= threads:
+    if len(cores) <= learner:
         return cores
-    shared, own = cores[:-threads], cores[-threads:]
+    shared, own = cores[:-learner], cores[-learner:]
     if role == "learner":
         return own
-    return [shared[index % len(shared)]] if role == "rollout" else cores
+    return [shared[index % len(shared)]] if role == "rollout" else shared[rollouts:] + own
 
 
 def _bind(thread: int, cores: list[int]) -> None:

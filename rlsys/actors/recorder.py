@@ -16,7 +16,7 @@ class RecorderActor:
     """Receives payloads straight from the object store."""
 
     def __init__(self, config: RunConfig) -> None:
-        settle("other", pin=config.resources.pin_cores)
+        settle("other", config)
         self._directory = config.path / "rollouts"
 
     def write(

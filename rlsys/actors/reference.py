@@ -16,7 +16,7 @@ class ReferenceActor:
 
     def __init__(self, path: str, config: RunConfig) -> None:
         on_gpu = config.resources.reference_gpus > 0
-        settle("other", pin=config.resources.pin_cores and not on_gpu)
+        settle("other", config, on_gpu=on_gpu)
         import torch
 
         from rlsys.learning.scorer import Scorer

@@ -18,7 +18,7 @@ class RewardActor:
     """Holds the run's reward function; imports neither torch nor an engine."""
 
     def __init__(self, config: RunConfig) -> None:
-        settle("other", pin=config.resources.pin_cores)
+        settle("other", config)
         from rlsys.rewards import resolve_reward
         from rlsys.tasks import build_task
 

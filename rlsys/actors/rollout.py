@@ -51,7 +51,7 @@ class RolloutActor:
     """Samples groups of responses. Weight and health calls have a concurrency group of their own."""
 
     def __init__(self, name: str, index: int, path: str, config: RunConfig, version: PolicyVersion) -> None:
-        settle("rollout", index=index, pin=config.resources.pin_cores and config.resources.rollout_gpus == 0)
+        settle("rollout", config, index=index, on_gpu=config.resources.rollout_gpus > 0)
         from rlsys.engines.driver import EngineDriver
         from rlsys.engines.vllm_engine import VllmEngine
         from rlsys.weights.transport import ObjectStoreTransport

@@ -26,7 +26,7 @@ class WeightSyncActor:
     """Metadata only: the bytes go from the learner's object store to the workers'."""
 
     def __init__(self, config: RunConfig) -> None:
-        settle("other", pin=config.resources.pin_cores)
+        settle("other", config)
         self._timeout_s = config.weights.timeout_s
         self._sync: WeightSync | None = None
 

@@ -270,7 +270,7 @@ class ResourcesConfig(Section):
     address: str | None = None
     """Ray cluster to join; None: start one on this machine and stop it afterwards."""
     pin_cores: Flag = True
-    """Give the learner a core of its own and the rollout workers the others (CPU only)."""
+    """Give the learner its cores and each rollout worker one; the other parts yield to them (CPU only)."""
     learner_gpus: NonNegativeFloat = 0.0
     rollout_gpus: NonNegativeFloat = 0.0
     reference_gpus: NonNegativeFloat = 0.0

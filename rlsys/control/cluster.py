@@ -29,6 +29,8 @@ def cluster(config: RunConfig) -> Iterator[None]:
         if resources.address is None:
             # Ray turns token authentication on for a cluster it starts, and takes the token from here.
             os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+            # Its workers would run at 15: behind everything else here, and behind the raylet that only feeds them.
+            os.environ.setdefault("RAY_worker_niceness", "0")
             ray.init(
                 address="local",
                 num_cpus=max(len(os.sched_getaffinity(0)), config.rollout.workers + 1),

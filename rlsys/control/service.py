@@ -30,7 +30,7 @@ class ControllerActor:
     """Owns the run's other actors: when it ends, they end."""
 
     def __init__(self, config: RunConfig, path: str, resume: Path | None) -> None:
-        settle("other", pin=config.resources.pin_cores)
+        settle("other", config)
         from rlsys.control.loop import TrainingLoop
 
         self._config, self._path, self._resume = config, path, resume

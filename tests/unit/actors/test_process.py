@@ -1,5 +1,6 @@
 """One core a process, as far as there are cores."""
 
+import os
 import subprocess
 import sys
 
@@ -9,7 +10,7 @@ from rlsys.actors.process import Role, assign_cores
 
 
 @pytest.mark.parametrize(
-    ("cores", "role", "index", "threads", "expected"),
+    ("cores", "role", "index", "learner", "expected"),
     [
         # one core: all share it
         ([0], "learner", 0, 1, [0]),
@@ -18,51 +19,56 @@ from rlsys.actors.process import Role, assign_cores
         ([0, 1], "learner", 0, 1, [1]),
         ([0, 1], "rollout", 0, 1, [0]),
         ([0, 1], "rollout", 1, 1, [0]),
-        ([0, 1], "other", 0, 1, [0, 1]),
+        ([0, 1], "other", 0, 1, [1]),
         # more: rollout workers in turn over all but the learner's, whatever the cores are called
         ([2, 5, 7, 9], "learner", 0, 1, [9]),
         ([2, 5, 7, 9], "rollout", 0, 1, [2]),
         ([2, 5, 7, 9], "rollout", 2, 1, [7]),
         ([2, 5, 7, 9], "rollout", 3, 1, [2]),
-        ([2, 5, 7, 9], "other", 0, 1, [2, 5, 7, 9]),
+        ([2, 5, 7, 9], "other", 0, 1, [7, 9]),
         # a learner with several threads owns as many cores
         ([0, 1, 2, 3], "learner", 0, 3, [1, 2, 3]),
+        ([0, 1, 2, 3], "rollout", 1, 3, [0]),
+        ([0, 1, 2, 3], "other", 0, 2, [2, 3]),
         ([0, 1], "learner", 0, 2, [0, 1]),
         ([0, 1], "learner", 0, 8, [0, 1]),
     ],
 )
 def test_cores_are_assigned_by_role(
-    cores: list[int], role: Role, index: int, threads: int, expected: list[int]
+    cores: list[int], role: Role, index: int, learner: int, expected: list[int]
 ) -> None:
-    assert assign_cores(cores, role, index=index, threads=threads) == expected
+    """There are two rollout workers."""
+    assert assign_cores(cores, role, index=index, learner=learner, rollouts=2) == expected
 
 
 @pytest.mark.parametrize("count", range(2, 9))
 def test_no_rollout_worker_gets_the_core_of_the_learner(count: int) -> None:
     cores = list(range(count))
-    learner = assign_cores(cores, "learner", index=0, threads=1)
-    workers = [assign_cores(cores, "rollout", index=i, threads=1) for i in range(count - 1)]
+    learner = assign_cores(cores, "learner")
+    workers = [assign_cores(cores, "rollout", index=i) for i in range(count - 1)]
     assert sorted(core for worker in workers for core in worker) == [c for c in cores if c not in learner]
 
 
 SETTLE = """
 import os, threading
+from rlsys import RunConfig
 from rlsys.actors.process import settle
+config = RunConfig.model_validate({{"task": {{"name": "arithmetic"}}, "resources": {{"pin_cores": {pin}}}}})
 waiting = threading.Event()
 thread = threading.Thread(target=waiting.wait)
 thread.start()
-cores = settle("learner", threads=1, pin={pin})
+cores = settle("{role}", config)
 bound = [sorted(os.sched_getaffinity(number)) for number in (0, thread.native_id)]
-print(cores, *bound, os.environ["OMP_NUM_THREADS"])
+print(cores, *bound, os.environ["OMP_NUM_THREADS"], os.nice(0))
 waiting.set()
 """
 
 
+@pytest.mark.parametrize(("role", "yields"), [("learner", 0), ("other", 10)])
 @pytest.mark.parametrize("pin", [True, False])
-def test_pinning_binds_threads_that_run_already(pin: bool) -> None:
-    import os
-
+def test_pinning_binds_threads_that_run_already_and_lets_the_others_yield(pin: bool, role: str, yields: int) -> None:
     here = sorted(os.sched_getaffinity(0))
-    shown = subprocess.run([sys.executable, "-c", SETTLE.format(pin=pin)], capture_output=True, text=True, check=True)
-    bound = here[-1:] if pin else here
-    assert shown.stdout == f"{here[-1:]} {bound} {bound} 1\n"
+    code = SETTLE.format(pin=pin, role=role)
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    bound, nice = (here[-1:], yields) if pin else (here, 0)
+    assert shown.stdout == f"{here[-1:]} {bound} {bound} 1 {os.nice(0) + nice}\n"
