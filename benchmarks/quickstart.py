@@ -54,7 +54,7 @@ def run(config: str, overrides: list[str]) -> dict[str, Any]:
     scratch = Path(tempfile.mkdtemp())
     start = time.perf_counter()
     command = [sys.executable, "-m", "rlsys.cli", "train", config, "--json", f"run_dir={scratch}", *overrides]
-    output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
     wall = time.perf_counter() - start
     result = json.loads(output)
     rows = [json.loads(line) for line in (Path(result["directory"]) / "metrics.jsonl").read_text().splitlines()]

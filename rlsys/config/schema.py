@@ -197,6 +197,8 @@ class StalenessConfig(Section):
     """Part of the bound given to workers that have not yet taken the newest version. None: min(1, max)."""
     window: Positive = 1
     """Completion window W: a batch may take a finished group up to W-1 places out of admission order."""
+    backlog: NonNegative = 0
+    """Finished batches kept waiting behind the one the learner takes: ages the data, to study staleness. 0: none."""
 
     @property
     def lag(self) -> int:
@@ -334,6 +336,14 @@ class RunConfig(Section):
                 staleness.window,
                 f"must be at most {(staleness.max - staleness.lag) * rollout.prompts_per_step + 1}: it leaves "
                 f"{self.slots} open prompts, fewer than rollout.prompts_per_step={rollout.prompts_per_step}",
+            )
+        if (staleness.backlog + 1) * rollout.prompts_per_step > self.slots:
+            raise refusal(
+                "staleness.backlog",
+                staleness.backlog,
+                f"must be at most {self.slots // rollout.prompts_per_step - 1}: {self.slots} prompts may be open, "
+                f"rollout.prompts_per_step={rollout.prompts_per_step} of them a batch "
+                "(staleness.serving_lag=0 leaves the whole of staleness.max to the queue)",
             )
         if self.learner.updates_per_batch > rollout.prompts_per_step:
             raise refusal(

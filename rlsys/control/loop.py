@@ -174,11 +174,12 @@ class TrainingLoop:
     async def _assemble(self) -> None:
         """Consumes finished slots in admission order, produces batches with their reference scores under way.
 
-        Waits for P finished slots within the window, and for the learner to take the previous batch.
+        Waits for P finished slots (and the backlog) within the window, and for the learner to take the previous batch.
         """
         groups = self.config.rollout.prompts_per_step
+        kept = self.config.staleness.backlog * groups
         while True:
-            await self._signal.until(lambda: self._batch is None and self.ledger.batch_ready(groups))
+            await self._signal.until(lambda: self._batch is None and self.ledger.batch_ready(groups, kept))
             slots = self.ledger.take_batch(groups)
             finished = [self._finished.pop(slot.id) for slot in slots]
             reference = self.parts.reference.score([g.payload for g in finished]) if self.parts.reference else None

@@ -1,6 +1,7 @@
 """A learner batch as a parquet file: one row per response, token quantities as lists."""
 
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from rlsys.records import BatchArrays, GroupScore, RolloutGroup
+from rlsys.records import BatchArrays, GroupScore, Prompt, Rollout, RolloutGroup, ScoredGroup
+from rlsys.versions import VersionSpan
 
 
 def write_rollouts(
@@ -57,3 +59,53 @@ def write_rollouts(
     pq.write_table(pa.table(columns), temporary, compression="zstd")
     temporary.replace(path)
     return path
+
+
+def read_rollouts(path: Path) -> list[ScoredGroup]:
+    """The batch that `write_rollouts` wrote, as the learner got it; the prompts without their answers."""
+    table = pq.read_table(path)
+    groups: dict[tuple[int, int], list[dict[str, Any]]] = {}
+    for row in table.to_pylist():
+        groups.setdefault((row["slot"], row["attempt"]), []).append(row)
+    return [_group(rows) for rows in groups.values()]
+
+
+def _group(rows: Sequence[dict[str, Any]]) -> ScoredGroup:
+    first = rows[0]
+    prompt = Prompt(
+        epoch=first["epoch"],
+        index=first["prompt"],
+        text=first["prompt_text"],
+        token_ids=tuple(first["prompt_ids"]),
+        answer="",
+    )
+    rollouts = tuple(
+        Rollout(
+            sample=row["sample"],
+            response_ids=np.array(row["response_ids"], dtype=np.int32),
+            behavior_logprobs=np.array(row["behavior_logprobs"], dtype=np.float32),
+            loss_mask=np.array(row["loss_mask"], dtype=np.bool_),
+            version_spans=_spans(row["versions"]),
+            finish_reason=row["finish_reason"],
+            text=row["response_text"],
+        )
+        for row in rows
+    )
+    group = RolloutGroup(
+        slot=first["slot"],
+        attempt=first["attempt"],
+        worker=first["worker"],
+        prompt=prompt,
+        rollouts=rollouts,
+        started_at=first["started_at"],
+        finished_at=first["finished_at"],
+    )
+    rewards = np.array([row["reward"] for row in rows], dtype=np.float32)
+    score = GroupScore(slot=group.slot, attempt=group.attempt, rewards=rewards, scored_at=first["scored_at"])
+    return ScoredGroup(group=group, score=score)
+
+
+def _spans(versions: Sequence[int]) -> tuple[VersionSpan, ...]:
+    changes = [i for i in range(1, len(versions)) if versions[i] != versions[i - 1]]
+    bounds = [0, *changes, len(versions)] if versions else []
+    return tuple(VersionSpan(start=a, stop=b, version=versions[a]) for a, b in pairwise(bounds))

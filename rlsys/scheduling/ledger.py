@@ -161,9 +161,10 @@ class Ledger:
         self.end(slot_id, reason, version)
         return True
 
-    def batch_ready(self, groups: int) -> bool:
-        """Whether `take_batch(groups)` would return a batch."""
-        return self._in[State.FINISHED] >= groups and len(self._eligible(groups)) == groups
+    def batch_ready(self, groups: int, backlog: int = 0) -> bool:
+        """Whether `take_batch(groups)` would succeed, and leave `backlog` finished slots as eligible behind it."""
+        wanted = groups + backlog
+        return self._in[State.FINISHED] >= wanted and len(self._eligible(wanted)) == wanted
 
     def take_batch(self, groups: int) -> list[Slot]:
         """The next `groups` finished slots in admission order, looking at most `window` places ahead."""

@@ -138,6 +138,11 @@ MISTAKES = {
         ["staleness.max=1", "staleness.serving_lag=2"],
         "staleness.serving_lag=2: must not exceed max=1",
     ),
+    "a backlog without slots for it": (
+        ["staleness.max=4", "staleness.backlog=4"],
+        "staleness.backlog=4: must be at most 3: 256 prompts may be open, rollout.prompts_per_step=64 of them a batch "
+        "(staleness.serving_lag=0 leaves the whole of staleness.max to the queue)",
+    ),
     "a window without slots for it": (
         ["staleness.max=0", "staleness.window=9", "rollout.prompts_per_step=4"],
         "staleness.window=9: must be at most 1: it leaves -4 open prompts, fewer than rollout.prompts_per_step=4",

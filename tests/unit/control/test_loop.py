@@ -107,6 +107,14 @@ def test_the_default_never_exceeds_the_bound_and_uses_it(bound: int) -> None:
     assert len({batch.version for batch in r.learner.batches}) == 20
 
 
+@pytest.mark.parametrize("backlog", [0, 1, 3])
+def test_a_backlog_ages_every_token_by_as_many_versions(backlog: int) -> None:
+    r = rig(f"staleness.max={backlog}", "staleness.serving_lag=0", f"staleness.backlog={backlog}", "learner.steps=20")
+    r.run()
+    assert r.trained == list(range(40))
+    assert [set(batch.ages) for batch in r.learner.batches] == [{min(step, backlog)} for step in range(20)]
+
+
 @given(
     st.integers(0, 3),
     st.integers(1, 3),

@@ -2,7 +2,7 @@
 
 import json
 import math
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from rlsys.errors import CheckpointError
-from rlsys.observability.rollouts import write_rollouts
+from rlsys.observability.rollouts import read_rollouts, write_rollouts
 from rlsys.observability.run_directory import RunDirectory, read_jsonl
 from rlsys.observability.sinks import JsonLines, RunJournal, TensorBoard
 from rlsys.records import BatchArrays, GroupScore, RolloutGroup
@@ -204,6 +204,22 @@ def batch(with_reference: bool) -> tuple[list[RolloutGroup], list[GroupScore], B
         advantages=np.array([0.1, -0.1, 0.2, -0.2], dtype=np.float32),
     )
     return groups, scores, arrays
+
+
+def test_a_recorded_batch_can_be_trained_on_again(tmp_path: Path) -> None:
+    groups, scores, arrays = batch(with_reference=True)
+    read = read_rollouts(write_rollouts(tmp_path / "step-000007.parquet", 7, groups, scores, arrays))
+    assert [scored.group.summary() for scored in read] == [
+        replace(group.summary(), tokens=tokens) for group, tokens in zip(groups, (4, 2), strict=True)
+    ]
+    for scored, group, score in zip(read, groups, scores, strict=True):
+        assert scored.score.rewards.tolist() == score.rewards.tolist()
+        assert scored.group.prompt.token_ids == group.prompt.token_ids
+        for back, rollout in zip(scored.group.rollouts, group.rollouts, strict=True):
+            assert back.token_versions().tolist() == rollout.token_versions().tolist()
+            assert back.response_ids.tolist() == rollout.response_ids.tolist()
+            assert back.behavior_logprobs.tolist() == rollout.behavior_logprobs.tolist()
+            assert back.loss_mask.tolist() == rollout.loss_mask.tolist()
 
 
 @pytest.mark.parametrize("with_reference", [True, False])
