@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from benchmarks import staleness
 from benchmarks.common import BASELINES
 
 TARGET = Path(__file__).parent / "RESULTS.md"
@@ -28,7 +29,10 @@ def main() -> None:
     for path in sorted(BASELINES.glob("*.json")):
         kept = json.loads(path.read_text())
         parts += [f"## {path.stem}", "", f"`{kept['command']}`", "", _environment(kept["environment"]), ""]
-        parts += _runs(kept["runs"]) if "runs" in kept else _ratios(kept)
+        if path.stem == "staleness":
+            parts += [*staleness.table(kept["runs"]), "", "![staleness](../docs/assets/staleness.png)"]
+        else:
+            parts += _runs(kept["runs"]) if "runs" in kept else _ratios(kept)
         parts.append("")
     TARGET.write_text("\n".join(parts).rstrip() + "\n")
 

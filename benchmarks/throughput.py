@@ -117,12 +117,13 @@ class Bench:
             "rollout", config.model_copy(update={"resources": config.resources.model_copy(update={"pin_cores": False})})
         )
         cores = sorted(os.sched_getaffinity(0))
-        os.sched_setaffinity(0, assign_cores(cores, "rollout"))
+        self.own_core = assign_cores(cores, "rollout")
+        self.shared_cores = assign_cores(cores, "other", rollouts=config.rollout.workers)
+        os.sched_setaffinity(0, self.own_core)
         from rlsys.engines.vllm_engine import VllmEngine
 
         self.engine = VllmEngine(path, config.model, config.rollout, seed=0)
-        os.sched_setaffinity(0, cores)
-        self.cores = cores
+        os.sched_setaffinity(0, self.shared_cores)  # where the controller would be
         self.batch: list[Any] = []
         self.version = 0
         self.sampled: list[float] = []
@@ -142,13 +143,13 @@ class Bench:
         sampling = Sampling(max_new_tokens=rollout.max_new_tokens, temperature=rollout.temperature)
         prompts = [next(self.prompts.source) for _ in range(GROUPS)]
         finished = Rate()
-        os.sched_setaffinity(0, {self.cores[0]})
+        os.sched_setaffinity(0, self.own_core)
         for i, prompt in enumerate(prompts):
             self.engine.add(f"{self.version}-{i}", prompt.token_ids, rollout.samples_per_prompt, sampling)
         while self.engine.busy:
             for _, responses in self.engine.step():
                 finished.add(sum(len(r.response_ids) for r in responses))
-        os.sched_setaffinity(0, self.cores)
+        os.sched_setaffinity(0, self.shared_cores)
         return finished.tokens_per_s
 
     def rollout(self) -> float:
@@ -206,7 +207,6 @@ class Bench:
 
     def pipeline(self) -> float:
         """Responses trained per second by the whole loop, over the steps after the first five."""
-        from rlsys.actors.process import assign_cores
         from rlsys.control.build import connect
         from rlsys.control.loop import TrainingLoop
         from rlsys.observability.run_directory import RunDirectory
@@ -226,10 +226,7 @@ class Bench:
             await loop.run()
 
         first = self.version
-        others = assign_cores(self.cores, "other", rollouts=config.rollout.workers)
-        os.sched_setaffinity(0, others)  # the loop runs in this process, on the cores that its own actor would have
         asyncio.run(run())
-        os.sched_setaffinity(0, self.cores)
         self.version = config.learner.steps
         rows = [r for r in directory.rows() if "reward/mean" in r and r["step"] > first + 5]
         seconds = sum(r["throughput/step_s"] for r in rows)

@@ -98,10 +98,11 @@ class RolloutActor:
         future: Future[list[Sampled]],
     ) -> None:
         """In the engine's thread, so that a group costs the event loop nothing."""
-        if (error := future.exception()) is not None:  # its client raises it
+        try:
+            group = self._group(request, started, future.result())
+        except BaseException as error:  # its client raises it
             outbox.put(((request.key, error), None))
         else:
-            group = self._group(request, started, future.result())
             outbox.put(((request.key, group.summary()), group))
 
     def _group(self, request: Request, started: float, responses: Sequence[Sampled]) -> RolloutGroup:

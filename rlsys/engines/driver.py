@@ -145,4 +145,6 @@ class EngineDriver:
                 return False
             future, command = item
             if future.set_running_or_notify_cancel():  # from here on its caller can leave, but not cancel it
+                start, paused = time.perf_counter(), self.paused_s
                 command()
+                self.busy_s += time.perf_counter() - start - (self.paused_s - paused)

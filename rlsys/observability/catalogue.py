@@ -93,7 +93,11 @@ _METRICS = (
     Metric("throughput/step_s", "s", "wall time from the previous learner step's end to this one's"),
     Metric("throughput/learner_s", "s", "wall time inside the learner's update"),
     Metric("throughput/learner_idle_s", "s", "wall time the learner waited for a batch"),
-    Metric("throughput/rollout_idle_fraction", "fraction", "share of time the rollout workers were not decoding"),
+    Metric(
+        "throughput/rollout_idle_fraction",
+        "fraction",
+        "share of time rollout workers had nothing to do",
+    ),
     Metric("ledger/waiting", "groups", "admitted, nobody works on them"),
     Metric("ledger/in_flight", "groups", "being sampled or scored"),
     Metric("ledger/finished", "groups", "scored, waiting for the learner"),

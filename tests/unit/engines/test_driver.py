@@ -5,6 +5,7 @@ The fake engine takes every step when the test lets it, so that commands fall wh
 
 import asyncio
 import threading
+import time
 from collections.abc import Callable, Coroutine
 from contextlib import suppress
 from typing import Any
@@ -34,6 +35,7 @@ class FakeEngine:
         self.log: list[str] = []
         self.fail_at: int | None = None
         self.add_error: Exception | None = None
+        self.add_s = 0.0
         self.threads: set[int] = set()
         self.shut = 0
 
@@ -56,6 +58,7 @@ class FakeEngine:
 
     def add(self, key: str, prompt_ids: tuple[int, ...], samples: int, sampling: Sampling) -> None:
         self._enter("add")
+        time.sleep(self.add_s)
         if self.add_error:
             raise self.add_error
         if len(prompt_ids) > 10:
@@ -184,6 +187,17 @@ def test_an_idle_engine_takes_no_step() -> None:
 
     engine = drive(work)
     assert (engine.steps, engine.log) == (0, ["apply 1"])
+
+
+def test_adding_a_prompt_is_work() -> None:
+    async def work(driver: EngineDriver, engine: FakeEngine) -> None:
+        engine.free()
+        engine.add_s = 0.05
+        await generate(driver, 1)
+        assert driver.busy_s >= 0.05
+        assert driver.paused_s == 0
+
+    drive(work)
 
 
 # Updates
