@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from rlsys.config.schema import AdvantageConfig, KLConfig, LearnerConfig, ModelConfig, ObjectiveConfig, TinyModelConfig
+from rlsys.observability import reference
 from rlsys.observability.catalogue import CATALOGUE, PARTS, definition
 from tests.fakes import Rig, make_config, make_prompt
 
@@ -108,3 +109,11 @@ def test_what_is_reported_is_defined_and_what_is_defined_is_reported(tmp_path: P
         expected |= {f"{n}/{kind}/{part}" for n, metric in CATALOGUE.items() if getattr(metric, kind) for part in parts}
     assert expected - reported == set()
     assert reported - expected == set()
+
+
+def test_the_page_of_metrics_is_the_one_the_catalogue_gives() -> None:
+    page = reference.page()
+    assert (Path(__file__).parents[3] / "docs" / "metrics.md").read_text() == page, "run rlsys.observability.reference"
+    assert all(f"| `{name}` |" in page for name in CATALOGUE)
+    areas = [line for line in page.splitlines() if line.startswith("## ")]
+    assert len(areas) == len(set(areas)), "metrics of one area stand together in the catalogue"
