@@ -12,6 +12,9 @@ from collections.abc import Iterator
 from rlsys.config.schema import RunConfig
 from rlsys.errors import ClusterError
 
+STARTS = 3
+"""Tries to bring up a cluster of our own."""
+
 
 @contextlib.contextmanager
 def cluster(config: RunConfig) -> Iterator[None]:
@@ -22,39 +25,60 @@ def cluster(config: RunConfig) -> Iterator[None]:
     """
     import ray
 
-    resources = config.resources
     scratch = tempfile.mkdtemp(prefix="rlsys-")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     try:
-        if resources.address is None:
-            # Ray turns token authentication on for a cluster it starts, and takes the token from here.
-            os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
-            # Its workers would run at 15: behind everything else here, and behind the raylet that only feeds them.
-            os.environ.setdefault("RAY_worker_niceness", "0")
+        if config.resources.address is None:
+            _start(config, scratch)
+        else:
+            _join(config.resources.address)
+        _require_room(config)
+        yield
+    finally:
+        ray.shutdown()
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _start(config: RunConfig, scratch: str) -> None:
+    """A cluster on this machine. Ray gives it half a minute to come up; a busy machine may need a second start."""
+    import ray
+
+    # Ray turns token authentication on for a cluster it starts, and takes the token from here.
+    os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    # Its workers would run at 15: behind everything else here, and behind the raylet that only feeds them.
+    os.environ.setdefault("RAY_worker_niceness", "0")
+    for start in range(1, STARTS + 1):
+        try:
             ray.init(
                 address="local",
                 num_cpus=max(len(os.sched_getaffinity(0)), config.rollout.workers + 1),
-                object_store_memory=int(resources.object_store_gib * (1 << 30)),
+                object_store_memory=int(config.resources.object_store_gib * (1 << 30)),
                 include_dashboard=False,
                 log_to_driver=False,
                 logging_level=logging.ERROR,
                 _node_ip_address="127.0.0.1",
                 _temp_dir=scratch,
             )
-        else:
-            _require_answer(resources.address)
-            ray.init(address=resources.address, log_to_driver=False, logging_level=logging.ERROR)
-    except Exception as error:  # Ray raises a bare one when a node is slow to start
+            return
+        except Exception as error:  # Ray raises a bare one when a node is slow to start
+            if start == STARTS or "timed out" not in str(error):
+                raise ClusterError(
+                    f"cannot start a Ray cluster on this machine: {error}. `rlsys doctor` says what it lacks; "
+                    "resources.address names a running cluster"
+                ) from error
+
+
+def _join(address: str) -> None:
+    import ray
+
+    try:
+        _require_answer(address)
+        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+    except Exception as error:
         raise ClusterError(
-            f"resources.address={resources.address}: cannot join the Ray cluster: {error}. Is it running, and is "
+            f"resources.address={address}: cannot join the Ray cluster: {error}. Is it running, and is "
             "RAY_AUTH_MODE/RAY_AUTH_TOKEN (or RAY_AUTH_TOKEN_PATH) the same as there?"
         ) from error
-    try:
-        _require_room(config)
-        yield
-    finally:
-        ray.shutdown()
-        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def _require_answer(address: str) -> None:
