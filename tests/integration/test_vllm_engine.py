@@ -16,12 +16,13 @@ import numpy as np
 import pytest
 import torch
 
+from rlsys.actors.rollout import Request
 from rlsys.config import RunConfig, parse_config
 from rlsys.config.schema import TinyModelConfig
 from rlsys.engines.protocol import Sampled, Sampling
 from rlsys.errors import ChecksumMismatch, EngineError, PromptRefused, WeightSyncError
 from rlsys.learning.tiny import make_tiny
-from rlsys.records import Prompt
+from rlsys.records import Prompt, RolloutGroup
 from rlsys.versions import VersionSpan, WeightManifest
 from rlsys.weights.buffer import Bytes
 from rlsys.weights.transport import WeightTicket
@@ -225,6 +226,19 @@ class Worker:
     actor: Any
     learner: LearnerSide
 
+    async def generate(self, prompt: Prompt) -> RolloutGroup:
+        """One group; a client of its own for every prompt. Raises what became of it."""
+        client = f"prompt {prompt.index}"
+        await self.actor.submit(client, [Request(key=7, slot=prompt.index, attempt=1, prompt=prompt)])
+        [(key, outcome)], groups = await self.actor.collect(client)
+        assert key == 7
+        if isinstance(outcome, BaseException):
+            assert groups == []
+            raise outcome
+        (group,) = groups
+        assert outcome == group.summary()
+        return group
+
 
 @pytest.fixture(scope="module")
 def worker(directory: Path) -> Worker:
@@ -290,7 +304,7 @@ def test_damaged_weights_are_refused_before_the_engine_is_touched(
         with pytest.raises(ChecksumMismatch, match=f"version {before + 1}"):
             await actor.apply(WeightTicket(manifest=manifest, payload=damage(buffer)))
         assert touched == []
-        _, group = await actor.generate(0, 1, prompt())
+        group = await worker.generate(prompt())
         for rollout in group.rollouts:
             assert {span.version for span in rollout.version_spans} == {before}
             expected = learner.logprobs(PROMPTS[0], rollout.response_ids, before)
@@ -306,14 +320,14 @@ def test_a_worker_takes_versions_while_it_generates_and_every_request_finishes(w
     actor, learner = worker.actor, worker.learner
     last = learner.version + 6
 
-    async def scenario() -> list[Any]:
-        requests = [asyncio.ensure_future(actor.generate(i, 1, prompt(i))) for i in range(4)]
+    async def scenario() -> list[RolloutGroup]:
+        requests = [asyncio.ensure_future(worker.generate(prompt(i))) for i in range(4)]
         while learner.version < last:
             await asyncio.sleep(0.02)
             learner.change()
             manifest, buffer = learner.published()
             assert await actor.apply(WeightTicket(manifest=manifest, payload=buffer)) >= 0
-        return [group for _, group in await asyncio.gather(*requests)]
+        return await asyncio.gather(*requests)
 
     groups = asyncio.run(scenario())
     assert [group.slot for group in groups] == [0, 1, 2, 3]
@@ -325,15 +339,11 @@ def test_a_worker_takes_versions_while_it_generates_and_every_request_finishes(w
 
 
 def test_a_prompt_that_cannot_be_served_fails_alone(worker: Worker) -> None:
-    actor = worker.actor
-
     async def scenario() -> None:
         prompts = [prompt(0), prompt(1, (5,) * 500), prompt(2, PROMPTS[2])]
-        results: list[Any] = await asyncio.gather(
-            *(actor.generate(p.index, 1, p) for p in prompts), return_exceptions=True
-        )
+        results: list[Any] = await asyncio.gather(*(worker.generate(p) for p in prompts), return_exceptions=True)
         assert isinstance(results[1], PromptRefused), results
-        for _, group in (results[0], results[2], await actor.generate(3, 1, prompt(3))):
+        for group in (results[0], results[2], await worker.generate(prompt(3))):
             assert len(group.rollouts) == 3
 
     asyncio.run(scenario())
