@@ -3,7 +3,7 @@
 import asyncio
 import itertools
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Coroutine, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -71,7 +71,8 @@ class RemoteRollout:
         self._keys = itertools.count()
         self._unsent: list[Request] = []
         self._waiting: dict[int, asyncio.Future[tuple[GroupSummary, Payload]]] = {}
-        self._collector: asyncio.Task[None] | None = None
+        self._collecting = False
+        self._tasks: set[asyncio.Task[None]] = set()
 
     async def generate(self, slot: int, attempt: int, prompt: Prompt) -> tuple[GroupSummary, Payload]:
         """See `RolloutPort`."""
@@ -84,33 +85,46 @@ class RemoteRollout:
         return await future
 
     def _submit(self) -> None:
-        submitted = self.handle.submit.remote(self._client, self._unsent)
-        self._unsent = []
-        if self._collector is None:
-            self._collector = asyncio.create_task(self._collect(submitted))
+        requests, self._unsent = self._unsent, []
+        self._start(self._send(requests))
+        if not self._collecting:
+            self._collecting = True
+            self._start(self._collect())
 
-    async def _collect(self, submitted: ray.ObjectRef) -> None:
+    def _start(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _send(self, requests: Sequence[Request]) -> None:
         try:
-            await call(submitted)
+            await call(self.handle.submit.remote(self._client, requests))
+        except Exception as error:
+            self._fail([request.key for request in requests], error)
+
+    async def _collect(self) -> None:
+        try:
             while self._waiting:
                 outcomes, bundle = self.handle.collect.options(num_returns=2).remote(self._client)
                 place = itertools.count()
                 for key, outcome in await call(outcomes):
-                    part = Part(bundle, next(place)) if isinstance(outcome, GroupSummary) else None
-                    future = self._waiting.pop(key)
-                    if future.done():  # its caller left
+                    if not isinstance(outcome, GroupSummary):
+                        self._fail([key], outcome)
                         continue
-                    if part is not None:
+                    part = Part(bundle, next(place))
+                    future = self._waiting.pop(key, None)
+                    if future is not None and not future.done():  # its caller may have left
                         future.set_result((outcome, part))
-                    else:
-                        future.set_exception(outcome)
         except Exception as error:
-            for future in self._waiting.values():
-                if not future.done():
-                    future.set_exception(error)
-            self._waiting.clear()
+            self._fail(list(self._waiting), error)
         finally:
-            self._collector = None
+            self._collecting = False
+
+    def _fail(self, keys: Sequence[int], error: BaseException) -> None:
+        for key in keys:
+            future = self._waiting.pop(key, None)
+            if future is not None and not future.done():
+                future.set_exception(error)
 
     async def greedy(self, prompts: Sequence[Prompt]) -> tuple[list[GroupSummary], Payload]:
         """See `RolloutPort`."""
