@@ -139,6 +139,11 @@ class Running:
         return (self.output / "stderr").read_text()
 
 
+def _as_from_a_terminal() -> None:
+    """Ctrl-C interrupts: who runs the tests in the background of a shell hands down that it is ignored."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @contextlib.contextmanager
 def running(directory: Path, *arguments: str) -> Iterator[Running]:
     """`rlsys ARGUMENTS` in `directory`; whatever of it is left when the block ends, fails or not, is killed."""
@@ -162,7 +167,14 @@ def _started(directory: Path, command: Sequence[str]) -> Iterator[Running]:
     output.mkdir()
     with (output / "stdout").open("w") as out, (output / "stderr").open("w") as err:
         process = subprocess.Popen(
-            command, cwd=directory, env=environment(), stdout=out, stderr=err, text=True, start_new_session=True
+            command,
+            cwd=directory,
+            env=environment(),
+            stdout=out,
+            stderr=err,
+            text=True,
+            start_new_session=True,
+            preexec_fn=_as_from_a_terminal,
         )
         run = Running(process, output)
         watcher = threading.Thread(target=run.watch, daemon=True)

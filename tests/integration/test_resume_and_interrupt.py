@@ -12,7 +12,7 @@ from tests.integration.running import SMALL, Outcome, responses, rlsys, rows, ru
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(1200)]
 
-STEPS = 300
+STEPS = 100
 """More than are done before the interruption arrives, about three."""
 
 GROUPS = SMALL["rollout"]["prompts_per_step"]
