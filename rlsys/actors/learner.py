@@ -32,19 +32,7 @@ class LearnerActor:
 
         torch.set_num_threads(threads)
         torch.manual_seed(config.seed)
-        self._learner = Learner(
-            resume or path,
-            model=config.model,
-            learner=config.learner,
-            objective=config.objective,
-            advantage=config.advantage,
-            kl=config.kl,
-            temperature=config.rollout.temperature,
-            staleness_max=config.staleness.max,
-            max_new_tokens=config.rollout.max_new_tokens,
-            seed=config.seed,
-            device="cuda" if on_gpu else "cpu",
-        )
+        self._learner = Learner.of(config, resume or path, device="cuda" if on_gpu else "cpu")
         if resume is not None:
             self._learner.load_state(load(resume).state)
         self._path, self._run, self._keep = path, config.path, config.checkpoint.keep

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from rlsys.algo.advantages import AdvantageOutput, compute_advantages
 from rlsys.algo.divergence import KL_SCHEDULES, kl_rewards
-from rlsys.config.schema import AdvantageConfig, KLConfig, LearnerConfig, ModelConfig, ObjectiveConfig
+from rlsys.config.schema import AdvantageConfig, KLConfig, LearnerConfig, ModelConfig, ObjectiveConfig, RunConfig
 from rlsys.errors import CheckpointError, ConfigError, NonFiniteError
 from rlsys.learning.batch import FlatBatch, flatten
 from rlsys.learning.gradient import MiniBatch, StepInputs, accumulate, divide, score
@@ -84,6 +84,23 @@ class Learner:
         self._surrogate = Surrogate(objective, kl)
         self._optimizer = Optimizer(self.policy.model, learner)
         self._seed, self._refused, self._kl_coef, self._version = seed, 0, kl.coef, 0
+
+    @classmethod
+    def of(cls, config: RunConfig, path: str | Path, *, device: str = "cpu") -> "Learner":
+        """The learner of a run, from the policy in `path`."""
+        return cls(
+            path,
+            model=config.model,
+            learner=config.learner,
+            objective=config.objective,
+            advantage=config.advantage,
+            kl=config.kl,
+            temperature=config.rollout.temperature,
+            staleness_max=config.staleness.max,
+            max_new_tokens=config.rollout.max_new_tokens,
+            seed=config.seed,
+            device=device,
+        )
 
     @property
     def version(self) -> PolicyVersion:

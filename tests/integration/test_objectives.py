@@ -48,17 +48,7 @@ def batch(home: Path) -> list[ScoredGroup]:
 def train(home: Path, batch: list[ScoredGroup], *overrides: str) -> None:
     """`UPDATES` steps on the batch, which grows staler with each; all are applied and change the policy."""
     config = load_config(home / "run.yaml", ["learner.updates_per_batch=2", "kl.coef=0", *overrides])
-    learner = Learner(
-        initial_model(config),
-        model=config.model,
-        learner=config.learner,
-        objective=config.objective,
-        advantage=config.advantage,
-        kl=config.kl,
-        temperature=config.rollout.temperature,
-        staleness_max=UPDATES,
-        max_new_tokens=config.rollout.max_new_tokens,
-    )
+    learner = Learner.of(config, initial_model(config))
     before = {name: tensor.clone() for name, tensor in learner.named_tensors()}
     for version in range(1, UPDATES + 1):
         step = learner.update(batch).step
