@@ -101,6 +101,7 @@ class VllmEngine:
             flat_logprobs=True,
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
+        torch.get_num_threads()  # torch settles a thread's OpenMP count at first use, and vLLM plans with that count
         try:
             self._engine.add_request(key, {"prompt_token_ids": list(prompt_ids)}, params)
         except (ValueError, VLLMClientError) as error:

@@ -8,7 +8,7 @@ import dataclasses
 import gc
 import inspect
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +50,15 @@ LONG = 60
 """Tokens of a response that lives through updates."""
 
 UPDATES = 4
+
+
+@pytest.fixture(scope="module", autouse=True)
+def held_to_one_thread() -> Iterator[None]:
+    """As after a warm start in this process: torch's number differs from OpenMP's own in every new thread."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module", params=[True, False], ids=["tied", "untied"])
