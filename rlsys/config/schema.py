@@ -19,6 +19,14 @@ from rlsys.config.objective import (
     ObjectiveConfig,
     ObjectiveName,
 )
+from rlsys.config.observing import (
+    AlarmsConfig,
+    AuditConfig,
+    ObservabilityConfig,
+    ProbeConfig,
+    SinkName,
+    StalenessController,
+)
 from rlsys.config.section import (
     Dtype,
     Flag,
@@ -36,7 +44,9 @@ from rlsys.config.tasks import ArithmeticTask, CustomTask, JsonlTask, ReasoningG
 
 __all__ = [
     "AdvantageConfig",
+    "AlarmsConfig",
     "ArithmeticTask",
+    "AuditConfig",
     "CORRECTION_FIELDS",
     "CheckpointConfig",
     "CorrectionConfig",
@@ -49,8 +59,10 @@ __all__ = [
     "LearnerConfig",
     "ModelConfig",
     "OBJECTIVE_FIELDS",
+    "ObservabilityConfig",
     "ObjectiveConfig",
     "ObjectiveName",
+    "ProbeConfig",
     "RESERVED_ENGINE_OPTIONS",
     "ReasoningGymTask",
     "RecordsConfig",
@@ -59,7 +71,9 @@ __all__ = [
     "RolloutConfig",
     "RunConfig",
     "SEQUENCE_OBJECTIVES",
+    "SinkName",
     "StalenessConfig",
+    "StalenessController",
     "TaskConfig",
     "TinyModelConfig",
     "WarmstartConfig",
@@ -199,6 +213,9 @@ class StalenessConfig(Section):
     """Completion window W: a batch may take a finished group up to W-1 places out of admission order."""
     backlog: NonNegative = 0
     """Finished batches kept waiting behind the one the learner takes: ages the data, to study staleness. 0: none."""
+    controller: Literal["fixed", "ess"] = "fixed"
+    """fixed: as many open prompts as the bound allows. ess: fewer while the ESS is below `ess.target`, never more."""
+    ess: StalenessController = StalenessController()
 
     @property
     def lag(self) -> int:
@@ -301,6 +318,10 @@ class RunConfig(Section):
     eval: EvalConfig = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     records: RecordsConfig = RecordsConfig()
+    probe: ProbeConfig = ProbeConfig()
+    audit: AuditConfig = AuditConfig()
+    alarms: AlarmsConfig = AlarmsConfig()
+    observability: ObservabilityConfig = ObservabilityConfig()
     resources: ResourcesConfig = ResourcesConfig()
 
     @property

@@ -42,7 +42,14 @@ _METRICS = (
     Metric("staleness/in_flight/mean", "versions", "part of the staleness gained before the response finished"),
     Metric("staleness/in_queue/mean", "versions", "part of the staleness gained after the response finished"),
     Metric("staleness/bound", "versions", "configured bound, staleness.max"),
+    Metric("staleness/window", "versions", "ages the admitted prompts allow for now; at most the bound"),
     Metric("staleness/violations", "tokens", "trained tokens beyond the bound; always 0"),
+    Metric("staleness/rejected_groups", "groups", "groups rejected for age, or for a step that was not finite"),
+    Metric("staleness/rejected_tokens", "tokens", "response tokens of the rejected groups, since the start"),
+    Metric("staleness/rejected_length", "tokens", "mean response length of the rejected, since the start"),
+    Metric("staleness/rejected_reward", "reward", "mean reward of the rejected, since the start"),
+    Metric("staleness/trained_length", "tokens", "mean response length of the trained, since the start"),
+    Metric("staleness/trained_reward", "reward", "mean reward of the trained, since the start"),
     Metric("importance/ess_token", "fraction", "(Σr)²/(N Σr²) over tokens, r = π_θ/μ raw", True),
     Metric("importance/ess_sequence", "fraction", "(Σw)²/(G Σw²) over responses, w = Π r", True),
     Metric(
@@ -69,6 +76,21 @@ _METRICS = (
     Metric("importance/masked_fraction", "fraction", "tokens the correction masked", True, True),
     Metric("importance/truncated_fraction", "fraction", "tokens whose correction weight was truncated", True, True),
     Metric("importance/clamped_fraction", "fraction", "tokens or responses whose log-ratio met the ±20 clamp"),
+    *(
+        Metric(f"split/{part}/{name}", "nats", f"{meaning} of {what}, over probed tokens")
+        for part, what in (
+            ("drift", "log π_θ - log π_V, what moved within the step"),
+            ("lag", "log π_V - log π_v, what the learner moved since version v sampled the token"),
+            ("engine", "log π_v - log μ, where the engine computes otherwise than the learner"),
+            ("engine_later_spans", "log π_v - log μ after the response's first version: also its older KV cache"),
+        )
+        for name, meaning in (("mean", "mean"), ("abs_mean", "mean absolute value"), ("k3", "k3"))
+    ),
+    Metric("split/tokens", "tokens", "tokens that were probed"),
+    Metric("split/seconds", "s", "what probing the batch took, off the learner's path"),
+    Metric("audit/cosine", "1", "cosine of the corrected stale gradient and a fresh on-policy one"),
+    Metric("audit/norm_ratio", "1", "norm of the corrected stale gradient over that of the fresh one"),
+    Metric("audit/cosine_floor", "1", "cosine of two fresh gradients: what sampling noise alone leaves"),
     Metric("kl/reference_k1", "nats", "mean(log π_θ - log π_ref) per token"),
     Metric("kl/reference_k3", "nats", "mean(e^d - d - 1), d = log π_ref - log π_θ, per token"),
     Metric("kl/sequence_mean", "nats", "log π_θ - log π_ref summed over a response, mean over responses"),
@@ -108,6 +130,11 @@ _METRICS = (
     Metric("ledger/lost", "groups", "unaccounted for; always 0"),
     Metric("workers/rollout/desired", "workers", "rollout workers asked for"),
     Metric("workers/rollout/ready", "workers", "rollout workers alive"),
+    Metric("workers/rollout/restarts", "workers", "rollout workers started again since the start"),
+    Metric("workers/reward/desired", "workers", "reward workers asked for"),
+    Metric("workers/reward/ready", "workers", "reward workers alive"),
+    Metric("workers/reward/restarts", "workers", "reward workers started again since the start"),
+    Metric("alarms/raised", "alarms", "alarms that stand"),
 )
 
 CATALOGUE: dict[str, Metric] = {metric.name: metric for metric in _METRICS}
