@@ -217,7 +217,7 @@ class Bench:
             update={"learner": self.config.learner.model_copy(update={"steps": self.version + STEPS})}
         )
         directory = RunDirectory(config.path)
-        journal = RunJournal(directory, tensorboard=config.records.tensorboard)
+        journal = RunJournal(directory, config)
         parts = connect(self.fleet, self.prompts.source, journal)
 
         async def run() -> None:

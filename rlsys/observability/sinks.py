@@ -3,11 +3,16 @@
 import dataclasses
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import IO, Any
 
+from rlsys.config.schema import RunConfig
+from rlsys.observability.alarms import Alarm
 from rlsys.observability.catalogue import definition
+from rlsys.observability.prometheus import Prometheus
 from rlsys.observability.run_directory import RunDirectory
+from rlsys.observability.spans import Span
+from rlsys.observability.trace import TraceWriter
 
 
 class JsonLines:
@@ -53,23 +58,39 @@ class TensorBoard:
 class RunJournal:
     """History of one run. Refuses metrics that the catalogue does not define."""
 
-    def __init__(self, directory: RunDirectory, *, tensorboard: bool) -> None:
+    def __init__(self, directory: RunDirectory, config: RunConfig) -> None:
         self._metrics = JsonLines(directory.metrics)
         self._ledger = JsonLines(directory.ledger)
         self._notes = JsonLines(directory.notes)
-        self._tensorboard = TensorBoard(directory.tensorboard) if tensorboard else None
+        self._tensorboard = TensorBoard(directory.tensorboard) if config.records.tensorboard else None
+        self._prometheus = Prometheus(config.name) if config.observability.prometheus else None
+        self._trace = TraceWriter(directory.trace) if config.observability.trace else None
 
     def step(self, version: int, metrics: Mapping[str, float | None]) -> None:
         """One row of metrics.jsonl, and its scalars."""
         for name in metrics:
             definition(name)
         self._metrics.write({"step": version, "time": time.time(), **metrics})
-        if self._tensorboard is not None:
-            self._tensorboard.write(version, metrics)
+        for sink in (self._tensorboard, self._prometheus):
+            if sink is not None:
+                sink.write(version, metrics)
 
     def event(self, kind: str, message: str) -> None:
         """Something a person should read."""
         self._notes.write({"time": time.time(), "kind": kind, "message": message})
+
+    def alarm(self, alarm: Alarm) -> None:
+        """An alarm was raised or cleared."""
+        now = time.time()
+        fields = dataclasses.asdict(alarm)
+        self._notes.write({"time": now, "kind": "alarm", "message": alarm.message, "alarm": fields})
+        if self._trace is not None:
+            self._trace.instant("alarms", alarm.name, now, {"state": alarm.state, "step": alarm.step})
+
+    def spans(self, role: str, spans: Sequence[Span]) -> None:
+        """What a role did, for the trace."""
+        if self._trace is not None:
+            self._trace.spans(role, spans)
 
     def closed(self, slot: Any) -> None:
         """One row of ledger.jsonl: a slot's end."""
@@ -77,6 +98,6 @@ class RunJournal:
 
     def close(self) -> None:
         """Close all files."""
-        for sink in (self._metrics, self._ledger, self._notes, self._tensorboard):
+        for sink in (self._metrics, self._ledger, self._notes, self._tensorboard, self._trace):
             if sink is not None:
                 sink.close()
