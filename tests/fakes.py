@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from rlsys.config import RunConfig, parse_config
+from rlsys.control.auditing import Auditor
 from rlsys.control.loop import Parts, TrainingLoop
 from rlsys.control.ports import FinishedGroup, FleetStats, Update, WorkerLost
 from rlsys.errors import RewardError
@@ -236,6 +237,23 @@ class FakeRecorder:
 
 
 @dataclass
+class FakeAudit:
+    """Remembers what it was asked for; `fail`: version of the ticket -> error."""
+
+    audit_s: float = 0.0
+    fail: Mapping[int, Exception] = field(default_factory=dict)
+    asked: list[tuple[int, list[int]]] = field(default_factory=list)
+
+    async def audit(self, batch: Sequence[FinishedGroup], ticket: WeightTicket) -> dict[str, float | None]:
+        version = ticket.manifest.version
+        self.asked.append((version, [group.summary.slot for group in batch]))
+        await asyncio.sleep(self.audit_s)
+        if version in self.fail:
+            raise self.fail[version]
+        return {"audit/cosine": 0.5, "audit/norm_ratio": 1.0, "audit/cosine_floor": 0.6}
+
+
+@dataclass
 class FakeJournal:
     """Refuses metrics without a definition, as the real one does."""
 
@@ -291,6 +309,7 @@ class Rig:
     journal: FakeJournal = field(default_factory=FakeJournal)
     prompts: FakePrompts = field(default_factory=FakePrompts)
     reference: FakeReference | None = None
+    audit: FakeAudit = field(default_factory=FakeAudit)
     reopened: Sequence[Prompt] = ()
     eval_prompts: Sequence[Prompt] = ()
     first_id: int = 0
@@ -316,6 +335,7 @@ class Rig:
             weights=self.weights,
             recorder=self.recorder,
             journal=self.journal,
+            auditor=Auditor(self.config.audit, self.audit, self.journal) if self.config.audit.every else None,
         )
         return TrainingLoop(
             self.config,

@@ -8,6 +8,7 @@ from typing import Any
 
 from ray.actor import ActorHandle
 
+from rlsys.actors.audit import AuditActor
 from rlsys.actors.learner import LearnerActor
 from rlsys.actors.recorder import RecorderActor
 from rlsys.actors.reference import ReferenceActor
@@ -16,6 +17,7 @@ from rlsys.actors.rollout import RolloutActor
 from rlsys.actors.weight_sync import WeightSyncActor
 from rlsys.config.schema import RunConfig
 from rlsys.control import remote
+from rlsys.control.auditing import Auditor
 from rlsys.control.loop import Parts, TrainingLoop
 from rlsys.control.ports import Journal
 from rlsys.control.preflight import load_prompts
@@ -35,6 +37,7 @@ class Fleet:
     rewards: list[ActorHandle]
     recorder: ActorHandle
     reference: ActorHandle | None = None
+    audit: ActorHandle | None = None
     all: list[ActorHandle] = field(default_factory=list)
 
 
@@ -57,8 +60,10 @@ def start_actors(config: RunConfig, path: str, resume: Path | None, version: int
     )
     if config.kl.reference:
         fleet.reference = ReferenceActor.options(num_cpus=0, num_gpus=resources.reference_gpus).remote(path, config)  # type: ignore[attr-defined]
+    if config.audit.every:
+        fleet.audit = AuditActor.options(num_cpus=0).remote(path, config)  # type: ignore[attr-defined]
     fleet.all = [fleet.learner, fleet.weights, *rollouts.values(), *fleet.rewards, fleet.recorder]
-    fleet.all += [fleet.reference] if fleet.reference is not None else []
+    fleet.all += [handle for handle in (fleet.reference, fleet.audit) if handle is not None]
     return fleet
 
 
@@ -69,8 +74,7 @@ async def build(config: RunConfig, path: str, resume: Path | None) -> tuple[Trai
     fleet = start_actors(config, path, resume, version)
     prompts = await asyncio.to_thread(load_prompts, config, path)
     ready = [fleet.learner.version.remote(), *(worker.stats.remote() for worker in fleet.rollouts.values())]
-    if fleet.reference is not None:
-        ready.append(fleet.reference.ready.remote())
+    ready += [handle.ready.remote() for handle in (fleet.reference, fleet.audit) if handle is not None]
     await remote.all_ready(ready)
     for name, handle in fleet.rollouts.items():
         await remote.call(fleet.weights.add.remote(name, handle))
@@ -87,7 +91,7 @@ async def build(config: RunConfig, path: str, resume: Path | None) -> tuple[Trai
     )
     loop = TrainingLoop(
         config,
-        connect(fleet, prompts.source, journal),
+        connect(config, fleet, prompts.source, journal),
         ledger=ledger,
         eval_prompts=prompts.held_out,
         version=version,
@@ -96,7 +100,7 @@ async def build(config: RunConfig, path: str, resume: Path | None) -> tuple[Trai
     return loop, fleet, journal
 
 
-def connect(fleet: Fleet, prompts: PromptSource, journal: Journal) -> Parts:
+def connect(config: RunConfig, fleet: Fleet, prompts: PromptSource, journal: Journal) -> Parts:
     """The control loop's ports over a fleet."""
     return Parts(
         prompts=prompts,
@@ -107,6 +111,7 @@ def connect(fleet: Fleet, prompts: PromptSource, journal: Journal) -> Parts:
         weights=remote.RemoteWeights(fleet.weights),
         recorder=remote.RemoteRecorder(fleet.recorder),
         journal=journal,
+        auditor=Auditor(config.audit, remote.RemoteAudit(fleet.audit), journal) if fleet.audit is not None else None,
     )
 
 

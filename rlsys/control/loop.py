@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rlsys.config.schema import RunConfig
+from rlsys.control.auditing import Auditor
 from rlsys.control.evaluation import evaluate, scored
 from rlsys.control.ports import (
     FinishedGroup,
@@ -32,7 +33,7 @@ from rlsys.control.ports import (
     WorkerLost,
 )
 from rlsys.control.progress import Progress, StepClock, ask_fleet, ledger_metrics, sync_metrics
-from rlsys.errors import ClusterError, EngineError, PromptRefused, RewardError, StalenessViolation
+from rlsys.errors import ClusterError, EngineError, PromptRefused, RewardError, StalenessViolation, first_failure
 from rlsys.records import Prompt
 from rlsys.scheduling.ledger import End, Ledger, Slot
 from rlsys.scheduling.routing import Router, Worker, groups_per_worker
@@ -73,6 +74,7 @@ class Parts:
     weights: WeightsPort
     recorder: RecorderPort | None
     journal: Journal
+    auditor: Auditor | None = None
 
 
 class TrainingLoop:
@@ -145,7 +147,7 @@ class TrainingLoop:
                 for task in self._spawned:
                     task.cancel()
         except* Exception as failures:
-            raise _first(failures) from None
+            raise first_failure(failures) from None
 
     # -- the four loops ---------------------------------------------------------------------------------------------
 
@@ -293,6 +295,8 @@ class TrainingLoop:
 
     async def _publish(self, ticket: WeightTicket) -> None:
         """Send a version out once the previous one is served; generation goes on meanwhile."""
+        if self.parts.auditor is not None:
+            self.parts.auditor.published(ticket)
         await self._settle_publication()
         self._publication = self._spawn(self.parts.weights.publish(ticket), "publish")
 
@@ -333,6 +337,7 @@ class TrainingLoop:
             "staleness/bound": float(self.config.staleness.max),
             "workers/rollout/desired": float(self.config.rollout.workers),
             "workers/rollout/ready": float(len(self.parts.rollouts)),
+            **(await self.parts.auditor.metrics(version, batch.groups) if self.parts.auditor is not None else {}),
         }
         self.progress.metrics = metrics
         self.parts.journal.step(version, metrics)
@@ -391,9 +396,3 @@ class TrainingLoop:
         directory = self.config.path / "checkpoints" / f"step-{self.version:06d}"
         await self.parts.learner.save(directory, extra)
         self._saved_version = self.version
-
-
-def _first(failures: BaseExceptionGroup[BaseException]) -> BaseException:
-    """What went wrong first: the others fell because it did."""
-    first = failures.exceptions[0]
-    return _first(first) if isinstance(first, BaseExceptionGroup) else first

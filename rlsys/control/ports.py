@@ -113,6 +113,13 @@ class RecorderPort(Protocol):
         """One parquet file, `name` without its suffix."""
 
 
+class AuditPort(Protocol):
+    """Compares the gradient of a trained batch with on-policy ones."""
+
+    async def audit(self, batch: Sequence[FinishedGroup], ticket: WeightTicket) -> Mapping[str, float | None]:
+        """`audit/*` of these groups at the ticket's version, the one their batch was trained from."""
+
+
 class Prompts(Protocol):
     """An endless, resumable source of prompts."""
 
