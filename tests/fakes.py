@@ -19,7 +19,7 @@ from rlsys.control.loop import Parts, TrainingLoop
 from rlsys.control.ports import FinishedGroup, FleetStats, Update, WorkerLost
 from rlsys.errors import RewardError
 from rlsys.observability.catalogue import definition
-from rlsys.records import GroupScore, GroupSummary, LearnerStep, Prompt, Rollout, RolloutGroup
+from rlsys.records import GroupScore, GroupSummary, LearnerStep, Prompt, Response, Rollout, RolloutGroup
 from rlsys.scheduling.ledger import Closed, Ledger
 from rlsys.versions import VersionSpan, WeightManifest
 from rlsys.weights.sync import WeightSync
@@ -289,6 +289,11 @@ class FakePrompts:
 
     def state(self) -> dict[str, object]:
         return {"epoch": 0, "index": self.index}
+
+
+def same_parity(prompt: Prompt, response: Response) -> float:
+    """A reward that an untrained model sometimes earns, and that needs the prompt's answer."""
+    return float(len(response.text) % 2 == len(prompt.answer) % 2)
 
 
 def make_config(directory: Path, *overrides: str) -> RunConfig:
