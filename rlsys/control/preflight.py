@@ -39,6 +39,11 @@ def check_config(config: RunConfig) -> list[str]:
         if getattr(config.resources, f"{role}_gpus") > 0:
             remarks.append(f"resources.{role}_gpus > 0: this run needs a GPU; everything but that was checked")
             break
+    if config.audit.every and config.rollout.dtype != config.model.dtype:
+        remarks.append(
+            f"audit.every={config.audit.every}: gradients are audited at the weights as published, in "
+            f"rollout.dtype={config.rollout.dtype}; the learner's are {config.model.dtype}"
+        )
     return remarks
 
 
