@@ -16,10 +16,10 @@ from rlsys.actors.rollout import RolloutActor
 from rlsys.actors.weight_sync import WeightSyncActor
 from rlsys.config.schema import RunConfig
 from rlsys.control import remote
+from rlsys.control.journal import open_journal
 from rlsys.control.loop import Parts, TrainingLoop
 from rlsys.control.ports import Journal
 from rlsys.control.preflight import load_prompts
-from rlsys.observability.run_directory import RunDirectory
 from rlsys.observability.sinks import RunJournal
 from rlsys.scheduling.ledger import Ledger
 from rlsys.tasks import PromptSource
@@ -78,7 +78,7 @@ async def build(config: RunConfig, path: str, resume: Path | None) -> tuple[Trai
     extra: dict[str, Any] = trainer_state.get("extra", {})
     if extra:
         prompts.source.restore(extra["source"])
-    journal = RunJournal(RunDirectory(config.path), tensorboard=config.records.tensorboard)
+    journal = open_journal(config)
     ledger = Ledger(
         capacity=config.slots,
         window=config.staleness.window,

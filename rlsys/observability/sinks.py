@@ -1,13 +1,14 @@
-"""Where a run's numbers go: JSON lines, TensorBoard, and parquet for every token of a batch."""
+"""Where a run's numbers go: JSON lines, TensorBoard, and the trackers that were asked for."""
 
 import dataclasses
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import IO, Any
 
 from rlsys.observability.catalogue import definition
 from rlsys.observability.run_directory import RunDirectory
+from rlsys.observability.trackers import BackgroundTracker
 
 
 class JsonLines:
@@ -53,11 +54,14 @@ class TensorBoard:
 class RunJournal:
     """History of one run. Refuses metrics that the catalogue does not define."""
 
-    def __init__(self, directory: RunDirectory, *, tensorboard: bool) -> None:
+    def __init__(
+        self, directory: RunDirectory, *, tensorboard: bool, trackers: Sequence[BackgroundTracker] = ()
+    ) -> None:
         self._metrics = JsonLines(directory.metrics)
         self._ledger = JsonLines(directory.ledger)
         self._notes = JsonLines(directory.notes)
         self._tensorboard = TensorBoard(directory.tensorboard) if tensorboard else None
+        self._trackers = trackers
 
     def step(self, version: int, metrics: Mapping[str, float | None]) -> None:
         """One row of metrics.jsonl, and its scalars."""
@@ -66,6 +70,9 @@ class RunJournal:
         self._metrics.write({"step": version, "time": time.time(), **metrics})
         if self._tensorboard is not None:
             self._tensorboard.write(version, metrics)
+        for tracker in self._trackers:
+            tracker.write(version, metrics)
+        self._note_trackers()
 
     def event(self, kind: str, message: str) -> None:
         """Something a person should read."""
@@ -76,7 +83,15 @@ class RunJournal:
         self._ledger.write(dataclasses.asdict(slot))
 
     def close(self) -> None:
-        """Close all files."""
+        """Close all files; the trackers first, which may have something to say."""
+        for tracker in self._trackers:
+            tracker.close()
+        self._note_trackers()
         for sink in (self._metrics, self._ledger, self._notes, self._tensorboard):
             if sink is not None:
                 sink.close()
+
+    def _note_trackers(self) -> None:
+        for tracker in self._trackers:
+            if problem := tracker.new_problem():
+                self.event("tracker_failed", problem)
