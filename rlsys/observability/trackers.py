@@ -13,6 +13,7 @@ A run that is resumed goes on in the same tracker run. The steps it repeats are 
 
 import contextlib
 import importlib.util
+import json
 import os
 import queue
 import re
@@ -235,9 +236,9 @@ def mlflow_name(name: str) -> str:
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
-    """Dotted names and texts of nested sections."""
+    """Dotted names and texts of nested sections; what is no text as JSON."""
     for name, value in values.items():
         if isinstance(value, Mapping) and value:
             yield from flatten(value, f"{prefix}{name}.")
         else:
-            yield f"{prefix}{name}", str(value)
+            yield f"{prefix}{name}", value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)

@@ -186,8 +186,8 @@ def test_mlflow_names_stay_apart_and_none_lies_below_another() -> None:
 
 
 def test_a_nested_configuration_becomes_dotted_names() -> None:
-    nested = {"a": 1, "b": {"c": None, "d": {"e": [1, 2]}}, "f": {}}
-    assert dict(flatten(nested)) == {"a": "1", "b.c": "None", "b.d.e": "[1, 2]", "f": "{}"}
+    nested = {"a": 1, "b": {"c": None, "d": {"e": ["x", 2]}}, "f": {}, "g": "x"}
+    assert dict(flatten(nested)) == {"a": "1", "b.c": "null", "b.d.e": '["x", 2]', "f": "{}", "g": "x"}
 
 
 # -- a tracker that breaks --------------------------------------------------------------------------------------------
