@@ -64,23 +64,25 @@ def pictures(name: str, draw: "Callable[[Canvas], None]") -> tuple[bytes, str]:
     """The picture as PNG on white, and as an `<svg>` element for a page."""
     import matplotlib as mpl
     from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
     png, svg = io.BytesIO(), io.BytesIO()
-    with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(WIDTH, HEIGHT), layout="constrained")
-        FigureCanvasAgg(figure)
+    with mpl.rc_context(STYLE):  # the canvases themselves, because savefig draws everything twice
+        figure = Figure(figsize=(WIDTH, HEIGHT), dpi=150, layout="constrained", facecolor="white")
+        raster = FigureCanvasAgg(figure)
         draw(figure)
-        figure.savefig(png, format="png", dpi=150, facecolor="white", metadata={"Software": None})
+        raster.print_png(png, metadata={"Software": None})
         figure.set_layout_engine("none")  # it stands where it was put
-        figure.savefig(svg, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+        figure.set_facecolor("none")
+        FigureCanvasSVG(figure).print_svg(svg, metadata={"Date": None, "Creator": None})
     return png.getvalue(), inline(name, svg.getvalue().decode("utf-8"))
 
 
 def inline(name: str, text: str) -> str:
     """matplotlib's SVG as an element: no prolog, no metadata, nothing that names another place."""
     text = text[text.index("<svg") :]
-    text = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->", "", text, flags=re.S)
+    text = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->|<style.*?</style>", "", text, flags=re.S)
     text = re.sub(r' xmlns(:\w+)?="[^"]*"', "", text).replace("xlink:href", "href")
     text = re.sub(r' (?:height|width)="[\d.]+pt"', "", text, count=2)
     text = re.sub(r"font: ([\d.]+)px [^;\"]*", r"font-size: \1px", text)

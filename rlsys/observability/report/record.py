@@ -188,7 +188,7 @@ def _ages(files: Sequence[Path]) -> Ages | None:
     chosen = _spaced(files, FILES_READ)
     by_step: dict[int, tuple[int, ...]] = {}
     for path in chosen:
-        table = pq.read_table(path, columns=["step", "versions", "loss_mask"])
+        table = pq.ParquetFile(path).read(columns=["step", "versions", "loss_mask"])
         if len(table):
             step = int(table["step"][0].as_py())
             versions, mask = (
@@ -208,7 +208,7 @@ def _samples(files: Sequence[Path]) -> list[Row]:
     found: list[Row] = []
     for path in dict.fromkeys([*files[:1], *files[-1:]]):
         groups: dict[int, list[Row]] = {}
-        for row in pq.read_table(path, columns=columns).to_pylist():
+        for row in pq.ParquetFile(path).read(columns=columns).to_pylist():
             groups.setdefault(row["slot"], []).append(row)
         telling = sorted(groups.values(), key=lambda rows: len({row["reward"] for row in rows}) == 1)
         for rows in telling[:2]:

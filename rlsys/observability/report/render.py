@@ -94,7 +94,7 @@ def _(block: doc.Figure, name: str) -> str:
 @_markdown.register
 def _(block: doc.Table, name: str) -> str:
     numbers = "---" if block.prose else "---:"
-    lines = [block.head, ["---", *[numbers] * (len(block.head) - 1)]]
+    lines = [[plain(head) for head in block.head], ["---", *[numbers] * (len(block.head) - 1)]]
     lines += [[_cell(cell) for cell in row] for row in block.rows]
     text = "\n".join("| " + " | ".join(line) + " |" for line in lines)
     return f"{text}\n\n{plain(block.caption)}" if block.caption else text

@@ -221,24 +221,6 @@ def test_an_alarm_is_shown_with_its_cause_its_advice_and_when_it_was_cleared(
     assert (first.raised, first.cleared, second.cleared) == (2, 3, None)
 
 
-def test_the_facts_for_programs_are_the_numbers_of_the_page(tmp_path: Path) -> None:
-    directory = make_run(tmp_path)
-    result = CliRunner().invoke(app, ["report", str(directory.root), "--json", "--out", str(tmp_path / "out")])
-    assert result.exit_code == 0, result.output
-    found = json.loads(result.stdout)
-    assert found["html"] == str(tmp_path / "out" / "report.html")
-    assert Path(found["markdown"]).is_file()
-    facts = found["runs"]["made"]
-    assert (facts["accuracy_best"], facts["accuracy_best_step"], facts["alarms"], facts["alarms_standing"]) == (
-        0.875,
-        2,
-        2,
-        1,
-    )
-    assert facts["learner_idle"] == 0.3125
-    assert facts["masked_fraction"] is None
-
-
 def test_html_and_markdown_have_the_same_chapters_and_every_picture_is_there(
     made: tuple[RunDirectory, str, str],
 ) -> None:
@@ -309,15 +291,6 @@ def test_text_outside_of_fences_cannot_become_markup() -> None:
     assert plain("a|b\n# <b> *c* [d](e) `f` &amp;") == "a\\|b \\# &lt;b&gt; \\*c\\* \\[d\\](e) \\`f\\` &amp;amp;"
 
 
-def test_a_label_of_a_run_is_escaped_in_pictures_too(tmp_path: Path) -> None:
-    """A directory may be called anything; its name is in the legends of a comparison."""
-    runs = [make_run(tmp_path / "a", "name=<b>&", everything=False), make_run(tmp_path / "b", everything=False)]
-    (runs[0].root).rename(tmp_path / "<b>&")
-    page = Page(write_report([tmp_path / "<b>&", runs[1].root], tmp_path / "out").html.read_text())
-    assert "<b>&" in page.words
-    assert page.tags.count("b") == page.tags.count("figcaption")
-
-
 def test_the_page_loads_nothing(made: tuple[RunDirectory, str, str]) -> None:
     page = Page(made[1])
     for name, value in page.attributes:
@@ -353,22 +326,46 @@ def test_colours_of_pictures_belong_to_the_page_in_light_and_dark(made: tuple[Ru
         assert f"--{variable}:" in light
         assert f"--{variable}:" in dark
     assert "var(--series-0)" in body
+    assert "<style" not in body
 
 
 # -- several runs -----------------------------------------------------------------------------------------------------
 
 
+ODD = "<b>&"
+"""A directory may be called anything; its name is in headings and legends."""
+
+
 @pytest.fixture(scope="module")
-def compared(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
+def compared(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str, dict[str, Any]]:
+    """A comparison as the command line writes it: HTML, Markdown, and the JSON it printed."""
     root = tmp_path_factory.mktemp("compared")
-    runs = [make_run(root / "a", "learner.lr=0.25"), make_run(root / "b", "staleness.max=2", everything=False)]
-    written = write_report([run.root for run in runs])
-    assert written.html == runs[0].root / "comparison.html"
-    assert list(written.facts) == ["a/made", "b/made"]
-    return written.html.read_text(), written.markdown.read_text()
+    odd = make_run(root / "a", "learner.lr=0.25").root.rename(root / ODD)
+    other = make_run(root / "b", "staleness.max=2", everything=False).root
+    result = CliRunner().invoke(app, ["report", str(odd), str(other), "--json", "--out", str(root / "out")])
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)
+    assert found["html"] == str(root / "out" / "comparison.html")
+    return Path(found["html"]).read_text(), Path(found["markdown"]).read_text(), found["runs"]
 
 
-def test_only_fields_that_differ_are_in_the_table_of_differences(compared: tuple[str, str]) -> None:
+def test_the_facts_for_programs_are_the_numbers_of_the_page(compared: tuple[str, str, dict[str, Any]]) -> None:
+    facts = compared[2][ODD]
+    assert (facts["accuracy_best"], facts["accuracy_best_step"]) == (0.875, 2)
+    assert (facts["alarms"], facts["alarms_standing"]) == (2, 1)
+    assert facts["learner_idle"] == 0.3125
+    assert facts["masked_fraction"] is None
+    assert rows(compared[1], "learner waited") == ["31.2%", "31.2%"]
+
+
+def test_a_label_of_a_run_is_escaped_everywhere(compared: tuple[str, str, dict[str, Any]]) -> None:
+    page = Page(compared[0])
+    assert page.words.count(ODD) > 5
+    assert page.tags.count("b") == page.tags.count("figcaption")
+    assert ODD not in compared[1]
+
+
+def test_only_fields_that_differ_are_in_the_table_of_differences(compared: tuple[str, str, dict[str, Any]]) -> None:
     differing = compared[1].split("| field |")[1].split("\n\n")[0].splitlines()[2:]
     names = [re.sub(r"</?code>|\\", "", line.split(" | ")[0].strip("| ")) for line in differing]
     assert names == ["staleness.max", "learner.lr"]
@@ -376,17 +373,17 @@ def test_only_fields_that_differ_are_in_the_table_of_differences(compared: tuple
     assert rows(compared[1], "staleness.max") == ["4", "2"]
 
 
-def test_runs_are_told_apart_side_by_side_and_in_every_picture(compared: tuple[str, str]) -> None:
-    page, text = compared
+def test_runs_are_told_apart_side_by_side_and_in_every_picture(compared: tuple[str, str, dict[str, Any]]) -> None:
+    page, text, _ = compared
     assert rows(text, "held-out accuracy, best") == ["0.875", "0.875"]
     assert rows(text, "split: lag, k3") == ["0.1562", "–"]
     assert rows(text, "k3_high") == ["4 to the end", "–"]
     pictures = re.findall(r"<figure.*?</figure>", page, re.S)
     reward = next(p for p in pictures if "<b>reward/mean</b>" in p)
-    assert "a/made" in reward
-    assert "b/made" in reward
+    assert "&lt;b&gt;&amp;" in reward
+    assert "made" in reward
     audit = next(p for p in pictures if "<b>audit/cosine</b>" in p)
-    assert "not recorded: b/made" in audit
+    assert "not recorded: made" in audit
 
 
 def test_the_same_run_twice_is_refused(tmp_path: Path) -> None:
