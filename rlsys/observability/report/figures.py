@@ -70,12 +70,13 @@ def pictures(name: str, draw: "Callable[[Canvas], None]") -> tuple[bytes, str]:
     png, svg = io.BytesIO(), io.BytesIO()
     with mpl.rc_context(STYLE):  # the canvases themselves, because savefig draws everything twice
         figure = Figure(figsize=(WIDTH, HEIGHT), dpi=150, layout="constrained", facecolor="white")
-        raster = FigureCanvasAgg(figure)
+        raster: Any = FigureCanvasAgg(figure)
         draw(figure)
         raster.print_png(png, metadata={"Software": None})
         figure.set_layout_engine("none")  # it stands where it was put
         figure.set_facecolor("none")
-        FigureCanvasSVG(figure).print_svg(svg, metadata={"Date": None, "Creator": None})
+        vector: Any = FigureCanvasSVG(figure)
+        vector.print_svg(svg, metadata={"Date": None, "Creator": None})
     return png.getvalue(), inline(name, svg.getvalue().decode("utf-8"))
 
 
