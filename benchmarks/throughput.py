@@ -208,15 +208,16 @@ class Bench:
     def pipeline(self) -> float:
         """Responses trained per second by the whole loop, over the steps after the first five."""
         from rlsys.control.build import connect
-        from rlsys.control.journal import open_journal
         from rlsys.control.loop import TrainingLoop
         from rlsys.observability.run_directory import RunDirectory
+        from rlsys.observability.sinks import RunJournal
         from rlsys.scheduling.ledger import Ledger
 
         config = self.config.model_copy(
             update={"learner": self.config.learner.model_copy(update={"steps": self.version + STEPS})}
         )
-        journal = open_journal(config)
+        directory = RunDirectory(config.path)
+        journal = RunJournal(directory, config)
         parts = connect(self.fleet, self.prompts.source, journal)
 
         async def run() -> None:
@@ -227,7 +228,7 @@ class Bench:
         first = self.version
         asyncio.run(run())
         self.version = config.learner.steps
-        rows = [r for r in RunDirectory(config.path).rows() if "reward/mean" in r and r["step"] > first + 5]
+        rows = [r for r in directory.rows() if "reward/mean" in r and r["step"] > first + 5]
         seconds = sum(r["throughput/step_s"] for r in rows)
         self.idle.append(sum(r["throughput/learner_idle_s"] for r in rows) / seconds)
         self.paused.append(sum(r["weight_sync/pause_s"] for r in rows) / seconds)

@@ -14,10 +14,12 @@ from typing import Any, TypeVar
 import numpy as np
 
 from rlsys.config import RunConfig, parse_config
-from rlsys.control.loop import Parts, TrainingLoop
-from rlsys.control.ports import FinishedGroup, FleetStats, Update, WorkerLost
+from rlsys.control.loop import TrainingLoop
+from rlsys.control.ports import FinishedGroup, FleetStats, Parts, Update, WorkerLost
 from rlsys.errors import RewardError
-from rlsys.observability.catalogue import definition
+from rlsys.observability.alarms import Alarm
+from rlsys.observability.catalogue import CATALOGUE, definition
+from rlsys.observability.spans import Span
 from rlsys.records import GroupScore, GroupSummary, LearnerStep, Prompt, Rollout, RolloutGroup
 from rlsys.scheduling.ledger import Closed, Ledger
 from rlsys.versions import VersionSpan, WeightManifest
@@ -191,6 +193,8 @@ class FakeLearner:
     step_s: float = 0.01
     refuse: Iterable[int] = ()
     fail: Mapping[int, Exception] = field(default_factory=dict)
+    metrics: Callable[[int], dict[str, float | None]] = lambda version: {}
+    """What a step reports besides its reward."""
     batches: list[Consumed] = field(default_factory=list)
     saved: list[tuple[Path, dict[str, Any]]] = field(default_factory=list)
 
@@ -206,7 +210,11 @@ class FakeLearner:
         applied = call not in self.refuse
         self.version += applied
         step = LearnerStep(
-            version=self.version, applied=applied, metrics={"reward/mean": 1.0}, trained_tokens=len(ages), seconds=1.0
+            version=self.version,
+            applied=applied,
+            metrics={"reward/mean": 1.0, **self.metrics(self.version)},
+            trained_tokens=len(ages),
+            seconds=1.0,
         )
         return Update(step=step, ticket=make_ticket(self.version), arrays=None)
 
@@ -236,12 +244,34 @@ class FakeRecorder:
 
 
 @dataclass
+class FakeProbe:
+    """Finds 0.1 of everything, after `split_s`."""
+
+    split_s: float = 0.0
+    error: Exception | None = None
+    kept: list[int] = field(default_factory=list)
+    probed: list[int] = field(default_factory=list)
+
+    def keep(self, ticket: WeightTicket) -> None:
+        self.kept.append(ticket.manifest.version)
+
+    async def split(self, version: int, batch: Sequence[FinishedGroup], arrays: Any) -> dict[str, float | None]:
+        await asyncio.sleep(self.split_s)
+        self.probed.append(version)
+        if self.error is not None:
+            raise self.error
+        return {name: 0.1 for name in CATALOGUE if name.startswith("split/")}
+
+
+@dataclass
 class FakeJournal:
     """Refuses metrics without a definition, as the real one does."""
 
     rows: list[tuple[int, dict[str, float | None]]] = field(default_factory=list)
     events: list[tuple[str, str]] = field(default_factory=list)
     closed: list[Closed] = field(default_factory=list)
+    alarms: list[Alarm] = field(default_factory=list)
+    traced: dict[str, list[Span]] = field(default_factory=dict)
 
     def step(self, version: int, metrics: Mapping[str, float | None]) -> None:
         for name in metrics:
@@ -250,6 +280,12 @@ class FakeJournal:
 
     def event(self, kind: str, message: str) -> None:
         self.events.append((kind, message))
+
+    def alarm(self, alarm: Alarm) -> None:
+        self.alarms.append(alarm)
+
+    def spans(self, role: str, spans: Sequence[Span]) -> None:
+        self.traced.setdefault(role, []).extend(spans)
 
     @property
     def steps(self) -> list[int]:
@@ -291,6 +327,7 @@ class Rig:
     journal: FakeJournal = field(default_factory=FakeJournal)
     prompts: FakePrompts = field(default_factory=FakePrompts)
     reference: FakeReference | None = None
+    probe: FakeProbe | None = None
     reopened: Sequence[Prompt] = ()
     eval_prompts: Sequence[Prompt] = ()
     first_id: int = 0
@@ -316,6 +353,7 @@ class Rig:
             weights=self.weights,
             recorder=self.recorder,
             journal=self.journal,
+            probe=self.probe,
         )
         return TrainingLoop(
             self.config,

@@ -3,9 +3,10 @@
     cli → control → actors → {engines learning weights scheduling rewards tasks dashboard lab}
         → {algo config observability} → {records versions errors}
 
-Imports point down only. Rooms in one pair of braces don't know each other, except that `lab` may use `learning`, and
-that the bottom row is one vocabulary. An import inside a function or under TYPE_CHECKING crosses a wall like any
-other: it is a dependency all the same. It is only lazy, which some rooms may be with ray.
+Imports point down only. Rooms in one pair of braces don't know each other, except that `lab` may use `learning`, that
+`observability` judges by the limits a configuration sets, and that the bottom row is one vocabulary. An import inside
+a function or under TYPE_CHECKING crosses a wall like any other: it is a dependency all the same. It is only lazy,
+which some rooms may be with ray.
 """
 
 import ast
@@ -28,7 +29,7 @@ ROWS = [
     {"cli", "__main__", ""},  # "": the package itself, which offers what is public
 ]
 ROW_OF = {room: row for row, rooms in enumerate(ROWS) for room in rooms}
-NEIGHBOURS = {("lab", "learning"), ("__main__", "cli")}
+NEIGHBOURS = {("lab", "learning"), ("observability", "config"), ("__main__", "cli")}
 
 # Who may import what from outside. Not named: anybody.
 ONLY_IN = {

@@ -8,6 +8,7 @@ import ray
 from rlsys.actors.bundle import Bundle, Place, select
 from rlsys.actors.process import settle
 from rlsys.config.schema import RunConfig
+from rlsys.observability.spans import Span, SpanLog
 from rlsys.records import BatchArrays, GroupScore
 
 
@@ -18,6 +19,7 @@ class RecorderActor:
     def __init__(self, config: RunConfig) -> None:
         settle("other", config)
         self._directory = config.path / "rollouts"
+        self._spans = SpanLog()
 
     def write(
         self,
@@ -31,4 +33,10 @@ class RecorderActor:
         """One file for the step that made `version`, or was refused at it; returns its path."""
         from rlsys.observability.rollouts import write_rollouts
 
-        return write_rollouts(self._directory / f"{name}.parquet", version, select(places, bundles), scores, arrays)
+        path = self._directory / f"{name}.parquet"
+        with self._spans.span("write", version=version):
+            return write_rollouts(path, version, select(places, bundles), scores, arrays)
+
+    def spans(self) -> list[Span]:
+        """What it did since the last call."""
+        return self._spans.take()

@@ -7,6 +7,7 @@ import ray
 from rlsys.actors.bundle import Bundle, Place, select
 from rlsys.actors.process import settle
 from rlsys.config.schema import RunConfig
+from rlsys.observability.spans import Span, SpanLog
 from rlsys.records import FloatArray
 
 
@@ -22,6 +23,7 @@ class ReferenceActor:
         from rlsys.learning.scorer import Scorer
 
         torch.set_num_threads(1)
+        self._spans = SpanLog()
         self._scorer = Scorer(
             path,
             dtype=config.model.dtype,
@@ -33,7 +35,13 @@ class ReferenceActor:
 
     def score(self, places: Sequence[Place], *bundles: Bundle) -> list[FloatArray]:
         """log π_ref per response, [T] each: groups in order, rollouts in order."""
-        return self._scorer.score(select(places, bundles))
+        with self._spans.span("reference", groups=len(places)):
+            return self._scorer.score(select(places, bundles))
+
+    @ray.method(concurrency_group="control")
+    def spans(self) -> list[Span]:
+        """What it did since the last call."""
+        return self._spans.take()
 
     @ray.method(concurrency_group="control")
     def ready(self) -> bool:

@@ -10,6 +10,7 @@ from rlsys.actors.bundle import Bundle, Place, select
 from rlsys.actors.process import settle
 from rlsys.config.schema import RunConfig
 from rlsys.errors import RewardError
+from rlsys.observability.spans import Span, SpanLog
 from rlsys.records import GroupScore, RolloutGroup
 
 
@@ -24,10 +25,12 @@ class RewardActor:
 
         self._function = resolve_reward(config.reward.function, build_task(config.task, config.seed).score)
         self._config = config.reward
+        self._spans = SpanLog()
 
     async def score(self, places: Sequence[Place], *bundles: Bundle) -> list[GroupScore | RewardError]:
         """One reward per response of every group; of a group whose rewards cannot be had, why."""
-        scores = await asyncio.gather(*map(self._score, select(places, bundles)), return_exceptions=True)
+        with self._spans.span("score", groups=len(places)):
+            scores = await asyncio.gather(*map(self._score, select(places, bundles)), return_exceptions=True)
         for score in scores:
             if isinstance(score, BaseException) and not isinstance(score, RewardError):
                 raise score
@@ -36,6 +39,10 @@ class RewardActor:
     async def score_all(self, groups: Sequence[RolloutGroup]) -> list[GroupScore]:
         """The same for all groups of one bundle. Raises `RewardError`."""
         return [await self._score(group) for group in groups]
+
+    async def spans(self) -> list[Span]:
+        """What it did since the last call."""
+        return self._spans.take()
 
     async def _score(self, group: RolloutGroup) -> GroupScore:
         from rlsys.rewards import score_group

@@ -16,6 +16,7 @@ from rlsys.actors.outbox import Outbox
 from rlsys.actors.process import settle
 from rlsys.config.schema import RunConfig
 from rlsys.engines.protocol import Sampled, Sampling
+from rlsys.observability.spans import Span
 from rlsys.records import GroupSummary, Prompt, Rollout, RolloutGroup
 from rlsys.versions import PolicyVersion
 from rlsys.weights.transport import WeightTicket
@@ -136,10 +137,17 @@ class RolloutActor:
         """
         from rlsys.weights.buffer import verify
 
+        start, version = time.time(), ticket.manifest.version
         buffer = await asyncio.to_thread(self._transport.receive, ticket.payload)
         await asyncio.to_thread(verify, ticket.manifest, buffer)
+        self._driver.spans.add("fetch", start, time.time(), track=1, version=version)
         report = await self._driver.apply(ticket.manifest, buffer)
         return report.pause_s
+
+    @ray.method(concurrency_group="control")
+    async def spans(self) -> list[Span]:
+        """What it did since the last call: decoding and pauses on track 0, weights arriving on track 1."""
+        return self._driver.spans.take()
 
     @ray.method(concurrency_group="control")
     async def stats(self) -> RolloutStats:

@@ -2,13 +2,14 @@
 
 import asyncio
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ray.actor import ActorHandle
 
 from rlsys.actors.learner import LearnerActor
+from rlsys.actors.probe import ProbeActor
 from rlsys.actors.recorder import RecorderActor
 from rlsys.actors.reference import ReferenceActor
 from rlsys.actors.reward import RewardActor
@@ -16,10 +17,10 @@ from rlsys.actors.rollout import RolloutActor
 from rlsys.actors.weight_sync import WeightSyncActor
 from rlsys.config.schema import RunConfig
 from rlsys.control import remote
-from rlsys.control.journal import open_journal
-from rlsys.control.loop import Parts, TrainingLoop
-from rlsys.control.ports import Journal
+from rlsys.control.loop import TrainingLoop
+from rlsys.control.ports import Journal, Parts
 from rlsys.control.preflight import load_prompts
+from rlsys.observability.run_directory import RunDirectory
 from rlsys.observability.sinks import RunJournal
 from rlsys.scheduling.ledger import Ledger
 from rlsys.tasks import PromptSource
@@ -35,7 +36,20 @@ class Fleet:
     rewards: list[ActorHandle]
     recorder: ActorHandle
     reference: ActorHandle | None = None
-    all: list[ActorHandle] = field(default_factory=list)
+    probe: ActorHandle | None = None
+
+    @property
+    def roles(self) -> dict[str, ActorHandle]:
+        """Every actor, by the name it has in the trace."""
+        found = {"learner": self.learner, **self.rollouts}
+        found |= {f"reward-{i}": handle for i, handle in enumerate(self.rewards)}
+        optional = {"reference": self.reference, "probe": self.probe}
+        return found | {name: h for name, h in optional.items() if h is not None} | {"recorder": self.recorder}
+
+    @property
+    def all(self) -> list[ActorHandle]:
+        """Every actor."""
+        return [*self.roles.values(), self.weights]
 
 
 def start_actors(config: RunConfig, path: str, resume: Path | None, version: int) -> Fleet:
@@ -57,8 +71,8 @@ def start_actors(config: RunConfig, path: str, resume: Path | None, version: int
     )
     if config.kl.reference:
         fleet.reference = ReferenceActor.options(num_cpus=0, num_gpus=resources.reference_gpus).remote(path, config)  # type: ignore[attr-defined]
-    fleet.all = [fleet.learner, fleet.weights, *rollouts.values(), *fleet.rewards, fleet.recorder]
-    fleet.all += [fleet.reference] if fleet.reference is not None else []
+    if config.probe.fraction:
+        fleet.probe = ProbeActor.options(num_cpus=0, num_gpus=resources.reference_gpus).remote(path, config)  # type: ignore[attr-defined]
     return fleet
 
 
@@ -71,6 +85,8 @@ async def build(config: RunConfig, path: str, resume: Path | None) -> tuple[Trai
     ready = [fleet.learner.version.remote(), *(worker.stats.remote() for worker in fleet.rollouts.values())]
     if fleet.reference is not None:
         ready.append(fleet.reference.ready.remote())
+    if fleet.probe is not None:
+        ready.append(fleet.probe.ready.remote())
     await remote.all_ready(ready)
     for name, handle in fleet.rollouts.items():
         await remote.call(fleet.weights.add.remote(name, handle))
@@ -78,7 +94,7 @@ async def build(config: RunConfig, path: str, resume: Path | None) -> tuple[Trai
     extra: dict[str, Any] = trainer_state.get("extra", {})
     if extra:
         prompts.source.restore(extra["source"])
-    journal = open_journal(config)
+    journal = RunJournal(RunDirectory(config.path), config)
     ledger = Ledger(
         capacity=config.slots,
         window=config.staleness.window,
@@ -107,6 +123,8 @@ def connect(fleet: Fleet, prompts: PromptSource, journal: Journal) -> Parts:
         weights=remote.RemoteWeights(fleet.weights),
         recorder=remote.RemoteRecorder(fleet.recorder),
         journal=journal,
+        probe=remote.RemoteProbe(fleet.probe) if fleet.probe is not None else None,
+        roles={name: remote.RemoteRole(handle) for name, handle in fleet.roles.items()},
     )
 
 

@@ -11,32 +11,21 @@ behind a port. The loops share a ledger and a router and wake each other through
 
 import asyncio
 import logging
-from collections.abc import Coroutine, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Coroutine, Sequence
 from typing import Any
 
 from rlsys.config.schema import RunConfig
 from rlsys.control.evaluation import evaluate, scored
-from rlsys.control.ports import (
-    FinishedGroup,
-    Journal,
-    LearnerPort,
-    Payload,
-    Prompts,
-    RecorderPort,
-    ReferencePort,
-    RewardPort,
-    RolloutPort,
-    Update,
-    WeightsPort,
-    WorkerLost,
-)
-from rlsys.control.progress import Progress, StepClock, ask_fleet, ledger_metrics, sync_metrics
+from rlsys.control.history import Batch, History
+from rlsys.control.ports import FinishedGroup, Parts, RolloutPort, Update, WorkerLost
+from rlsys.control.progress import Progress
+from rlsys.control.watch import collect_spans, watch
 from rlsys.errors import ClusterError, EngineError, PromptRefused, RewardError, StalenessViolation
 from rlsys.records import Prompt
 from rlsys.scheduling.ledger import End, Ledger, Slot
 from rlsys.scheduling.routing import Router, Worker, groups_per_worker
 from rlsys.scheduling.signal import Signal
+from rlsys.scheduling.window import AimdWindow
 from rlsys.versions import PolicyVersion
 from rlsys.weights.transport import WeightTicket
 
@@ -47,32 +36,6 @@ MAX_FAILED_IN_A_ROW = 16
 
 MAX_ATTEMPTS = 5
 """Workers that one prompt may cost before it is given up: it could be the one that kills them."""
-
-RECORDS_AHEAD = 8
-"""Steps that may wait to be written down; then the learner waits, so that batches do not fill the memory."""
-
-
-@dataclass(slots=True)
-class Batch:
-    """P scored groups on their way to the learner, with the reference already scoring them."""
-
-    slots: list[Slot]
-    groups: list[FinishedGroup]
-    reference: Payload | None
-
-
-@dataclass(slots=True)
-class Parts:
-    """What the loop works with; made by `build`."""
-
-    prompts: Prompts
-    rollouts: dict[str, RolloutPort]
-    rewards: RewardPort
-    reference: ReferencePort | None
-    learner: LearnerPort
-    weights: WeightsPort
-    recorder: RecorderPort | None
-    journal: Journal
 
 
 class TrainingLoop:
@@ -93,7 +56,8 @@ class TrainingLoop:
         self.ledger = ledger
         capacity = groups_per_worker(config.rollout.max_concurrent_sequences, config.rollout.samples_per_prompt)
         self.router = Router(max_lag=config.staleness.lag, capacity=capacity)
-        self.progress = Progress(version=version)
+        self.progress = Progress(version=version, window=float(config.staleness.max))
+        self.history = History(config, parts, ledger, self.router, self.progress)
         self._eval_prompts = eval_prompts
         self._reopened = list(reopened)
         self._finished: dict[int, FinishedGroup] = {}
@@ -103,11 +67,16 @@ class TrainingLoop:
         self._failed_in_a_row = 0
         self._saved_version: PolicyVersion | None = None
         self._publication: asyncio.Task[None] | None = None
-        self._records: asyncio.Queue[tuple[Batch, Update, dict[str, float | None]]] = asyncio.Queue(RECORDS_AHEAD)
         self._evaluating = asyncio.Lock()
         self._tasks: asyncio.TaskGroup | None = None
         self._spawned: set[asyncio.Task[None]] = set()
-        self._clock = StepClock({})
+        staleness = config.staleness
+        self._window = AimdWindow(
+            target=staleness.ess.target,
+            increase=staleness.ess.increase,
+            decrease=staleness.ess.decrease,
+            widest=float(staleness.max - staleness.lag),
+        )
 
     @property
     def version(self) -> PolicyVersion:
@@ -130,18 +99,21 @@ class TrainingLoop:
                 await self._publish(await self.parts.learner.publish())
                 await self._settle_publication()
                 await self._evaluate()
-                self._clock = StepClock(await ask_fleet(self.parts.rollouts))
-                for loop in (self._admit, self._roll_out, self._assemble, self._keep_records):
+                await self.history.start()
+                for loop in (self._admit, self._roll_out, self._assemble, self.history.run):
                     self._spawn(loop(), loop.__name__)
+                if self.parts.roles:
+                    self._spawn(watch(self.parts, self.progress, self.history), "watch")
                 try:
                     await self._learn()
                 except Exception:  # what was learned, or refused, before is still written down
-                    await self._records.join()
+                    await self.history.written()
                     raise
                 await self._settle_publication()
-                await self._records.join()
+                await self.history.written()
                 if self.version > 0:
                     await self._evaluate()
+                await collect_spans(self.parts, self.progress)
                 for task in self._spawned:
                     task.cancel()
         except* Exception as failures:
@@ -177,9 +149,14 @@ class TrainingLoop:
         Waits for P finished slots (and the backlog) within the window, and for the learner to take the previous batch.
         """
         groups = self.config.rollout.prompts_per_step
-        kept = self.config.staleness.backlog * groups
+        backlog = self.config.staleness.backlog * groups
         while True:
-            await self._signal.until(lambda: self._batch is None and self.ledger.batch_ready(groups, kept))
+            await self._signal.until(
+                lambda: (
+                    self._batch is None
+                    and self.ledger.batch_ready(groups, min(backlog, self.ledger.admitting - groups))
+                )
+            )
             slots = self.ledger.take_batch(groups)
             finished = [self._finished.pop(slot.id) for slot in slots]
             reference = self.parts.reference.score([g.payload for g in finished]) if self.parts.reference else None
@@ -193,33 +170,28 @@ class TrainingLoop:
         """
         while batch := await self._next_batch():
             self._check_staleness(batch)
-            update = await self.parts.learner.update(batch.groups, batch.reference)
+            with self.progress.activity.of("learner"):
+                update = await self.parts.learner.update(batch.groups, batch.reference)
             if update.step.applied:
                 self.progress.version = update.step.version
                 await self._publish(update.ticket)
                 self.ledger.commit((slot.id for slot in batch.slots), self.version)
+                self._fit_window(update)
             else:
                 self._reject(batch)
             self._signal.notify()
-            await self._records.put((batch, update, self._clock.step(update.step)))
+            await self.history.add(batch, update)
             if update.step.applied:
                 self._evaluate_if_due()
                 await self._checkpoint_if_due()
-
-    async def _keep_records(self) -> None:
-        """Consumes finished steps, produces the run's history; beside the learn loop, so that it never waits."""
-        while True:
-            batch, update, timing = await self._records.get()
-            await self._record(batch, update, timing)
-            self._records.task_done()
 
     async def _next_batch(self) -> Batch | None:
         """The assembled batch; None when all steps are done or the run is to stop: then its slots stay open."""
         if self.version >= self.config.learner.steps:
             return None
-        self._clock.waiting()
+        self.history.clock.waiting()
         await self._signal.until(lambda: self._stopping or self._batch is not None)
-        self._clock.learning()
+        self.history.clock.learning()
         if self._stopping:
             return None
         batch, self._batch = self._batch, None
@@ -232,11 +204,13 @@ class TrainingLoop:
         """One attempt at one slot: sample, score, hand over. A dead worker's slot waits again."""
         try:
             try:
-                summary, payload = await port.generate(slot.id, attempt, slot.prompt)
+                with self.progress.activity.of("rollout"):
+                    summary, payload = await port.generate(slot.id, attempt, slot.prompt)
             finally:
                 worker.in_flight -= 1
                 self._signal.notify()
-            score = await scored(self.parts.rewards.score, payload)
+            with self.progress.activity.of("reward"):
+                score = await scored(self.parts.rewards.score, payload)
         except PromptRefused as error:
             self._fail(slot, attempt, End.FAILED_ROLLOUT, error)
         except RewardError as error:
@@ -294,6 +268,8 @@ class TrainingLoop:
     async def _publish(self, ticket: WeightTicket) -> None:
         """Send a version out once the previous one is served; generation goes on meanwhile."""
         await self._settle_publication()
+        if self.parts.probe is not None:
+            self.parts.probe.keep(ticket)
         self._publication = self._spawn(self.parts.weights.publish(ticket), "publish")
 
     async def _settle_publication(self) -> None:
@@ -316,29 +292,13 @@ class TrainingLoop:
                     self.parts.journal.event("sync_failed", f"{ack.worker}, version {ack.version}: {ack.error}")
             self._signal.notify()
 
-    async def _record(self, batch: Batch, update: Update, timing: Mapping[str, float | None]) -> None:
-        version, recorder = update.step.version, self.parts.recorder
-        if not update.step.applied:
-            if recorder is not None:
-                name = f"refused-{version:06d}-{batch.slots[0].id:06d}"
-                await recorder.write(name, version, batch.groups, update.arrays)
-            return
-        metrics = {
-            **update.step.metrics,
-            **timing,
-            **self._clock.fleet(await ask_fleet(self.parts.rollouts)),
-            **sync_metrics(update, self.progress),
-            **ledger_metrics(self.ledger),
-            "weight_sync/serving_lag_max": float(self.router.serving_lag_max(self.version)),
-            "staleness/bound": float(self.config.staleness.max),
-            "workers/rollout/desired": float(self.config.rollout.workers),
-            "workers/rollout/ready": float(len(self.parts.rollouts)),
-        }
-        self.progress.metrics = metrics
-        self.parts.journal.step(version, metrics)
-        every = self.config.records.rollouts_every
-        if recorder is not None and every and version % every == 0:
-            await recorder.write(f"step-{version:06d}", version, batch.groups, update.arrays)
+    def _fit_window(self, update: Update) -> None:
+        """`staleness.controller: ess`: admit as much age as the effective sample size allows."""
+        staleness, groups = self.config.staleness, self.config.rollout.prompts_per_step
+        if staleness.controller == "ess":
+            size = self._window.after(update.step.metrics.get("importance/ess_sequence"))
+            self.ledger.admit_up_to(self._window.slots(groups, staleness.window))
+            self.progress.window = size + staleness.lag
 
     async def _evaluate(self) -> None:
         """Greedy accuracy on the held-out prompts, through the rollout workers; once per version, one at a time.
@@ -350,7 +310,8 @@ class TrainingLoop:
             if version in self.progress.evaluations or not self._eval_prompts:
                 return
             try:
-                result = await evaluate(self._eval_prompts, list(self.parts.rollouts.values()), self.parts.rewards)
+                with self.progress.spans.span("evaluate", version=version):
+                    result = await evaluate(self._eval_prompts, list(self.parts.rollouts.values()), self.parts.rewards)
             except (RewardError, EngineError, WorkerLost) as error:
                 self.parts.journal.event("evaluation_failed", f"version {version}: {error}")
                 return
@@ -381,7 +342,7 @@ class TrainingLoop:
         """
         if self._saved_version == self.version:
             return
-        await self._records.join()
+        await self.history.written()
         extra = {
             "source": dict(self.parts.prompts.state()),
             "open": [[slot.prompt.epoch, slot.prompt.index] for slot in self.ledger.open]

@@ -5,10 +5,12 @@ through the controller.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+from rlsys.observability.alarms import Alarm
+from rlsys.observability.spans import Span
 from rlsys.records import GroupScore, GroupSummary, LearnerStep, Prompt
 from rlsys.versions import PolicyVersion
 from rlsys.weights.sync import Ack
@@ -113,6 +115,25 @@ class RecorderPort(Protocol):
         """One parquet file, `name` without its suffix."""
 
 
+class ProbePort(Protocol):
+    """Splits the log-ratio under the weights that sampled."""
+
+    def keep(self, ticket: WeightTicket) -> None:
+        """Start to hold a version's weights while its tokens may still be trained; what fails, `split` raises."""
+
+    async def split(
+        self, version: PolicyVersion, batch: Sequence[FinishedGroup], arrays: Payload
+    ) -> dict[str, float | None]:
+        """`split/…` of the batch trained at `version`, from a share of its groups."""
+
+
+class RolePort(Protocol):
+    """A role that notes what it does."""
+
+    async def spans(self) -> list[Span]:
+        """Since the last call. Raises `WorkerLost` when it died."""
+
+
 class Prompts(Protocol):
     """An endless, resumable source of prompts."""
 
@@ -131,3 +152,25 @@ class Journal(Protocol):
 
     def event(self, kind: str, message: str) -> None:
         """Something a person should read."""
+
+    def alarm(self, alarm: Alarm) -> None:
+        """An alarm was raised or cleared."""
+
+    def spans(self, role: str, spans: Sequence[Span]) -> None:
+        """What a role did, for the trace."""
+
+
+@dataclass(slots=True)
+class Parts:
+    """What the loop works with; made by `build`."""
+
+    prompts: Prompts
+    rollouts: dict[str, RolloutPort]
+    rewards: RewardPort
+    reference: ReferencePort | None
+    learner: LearnerPort
+    weights: WeightsPort
+    recorder: RecorderPort | None
+    journal: Journal
+    probe: ProbePort | None = None
+    roles: Mapping[str, RolePort] = field(default_factory=dict)

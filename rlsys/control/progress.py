@@ -2,15 +2,52 @@
 
 import asyncio
 import time
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from rlsys.control.evaluation import Evaluation
 from rlsys.control.ports import FleetStats, RolloutPort, Update, WorkerLost
+from rlsys.observability.alarms import Alarm
+from rlsys.observability.spans import SpanLog
 from rlsys.records import LearnerStep
 from rlsys.scheduling.ledger import Ledger
 from rlsys.versions import PolicyVersion
 from rlsys.weights.sync import Ack
+
+
+class Activity:
+    """Which roles have work, and since when they have finished none.
+
+    >>> activity = Activity()
+    >>> with activity.of("reward"):
+    ...     sorted(activity.idle_s())
+    ['reward']
+    >>> activity.idle_s()
+    {'reward': 0.0}
+    """
+
+    def __init__(self) -> None:
+        self._under_way: Counter[str] = Counter()
+        self._since: dict[str, float] = {}
+
+    @contextmanager
+    def of(self, role: str) -> Iterator[None]:
+        """A piece of work for a role; its end counts, however it ends."""
+        if not self._under_way[role]:
+            self._since[role] = time.monotonic()
+        self._under_way[role] += 1
+        try:
+            yield
+        finally:
+            self._under_way[role] -= 1
+            self._since[role] = time.monotonic()
+
+    def idle_s(self) -> dict[str, float]:
+        """Seconds since each role finished something; 0 while it has nothing to do."""
+        now = time.monotonic()
+        return {role: now - since if self._under_way[role] else 0.0 for role, since in self._since.items()}
 
 
 @dataclass(slots=True)
@@ -22,6 +59,10 @@ class Progress:
     metrics: dict[str, float | None] = field(default_factory=dict)
     acks: dict[str, Ack] = field(default_factory=dict)
     evaluations: dict[PolicyVersion, Evaluation] = field(default_factory=dict)
+    alarms: tuple[Alarm, ...] = ()
+    window: float = 0.0
+    spans: SpanLog = field(default_factory=SpanLog)
+    activity: Activity = field(default_factory=Activity)
 
 
 STATS_TIMEOUT_S = 5.0

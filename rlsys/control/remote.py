@@ -15,7 +15,9 @@ from rlsys.actors.bundle import Place
 from rlsys.actors.rollout import Request, RolloutStats
 from rlsys.control.ports import FinishedGroup, FleetStats, Payload, Update, WorkerLost
 from rlsys.errors import RlsysError
+from rlsys.observability.spans import Span
 from rlsys.records import GroupScore, GroupSummary, Prompt
+from rlsys.versions import PolicyVersion
 from rlsys.weights.sync import Ack
 from rlsys.weights.transport import WeightTicket
 
@@ -236,6 +238,41 @@ class RemoteWeights:
     async def remove(self, name: str) -> None:
         """See `WeightsPort`."""
         await call(self._handle.remove.remote(name))
+
+
+class RemoteProbe:
+    """The probe actor. Its calls run in the order they are made."""
+
+    def __init__(self, handle: ActorHandle) -> None:
+        self._handle = handle
+        self._kept: list[ray.ObjectRef] = []
+
+    def keep(self, ticket: WeightTicket) -> None:
+        """See `ProbePort`."""
+        self._kept.append(self._handle.keep.remote(ticket))
+
+    async def split(
+        self, version: PolicyVersion, batch: Sequence[FinishedGroup], arrays: Payload
+    ) -> dict[str, float | None]:
+        """See `ProbePort`."""
+        kept, self._kept = self._kept, []
+        places, bundles = places_in([group.payload for group in batch])
+        split = self._handle.split.remote(version, arrays, places, *bundles)
+        await all_ready(kept)
+        metrics: dict[str, float | None] = await call(split)
+        return metrics
+
+
+class RemoteRole:
+    """Any actor that notes what it does."""
+
+    def __init__(self, handle: ActorHandle) -> None:
+        self._handle = handle
+
+    async def spans(self) -> list[Span]:
+        """See `RolePort`."""
+        spans: list[Span] = await call(self._handle.spans.remote())
+        return spans
 
 
 class RemoteRecorder:

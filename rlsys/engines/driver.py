@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 
 from rlsys.engines.protocol import ApplyReport, Buffer, Engine, Sampled, Sampling
 from rlsys.errors import EngineError, PromptRefused
+from rlsys.observability.spans import SpanLog
 from rlsys.versions import PolicyVersion, WeightManifest
 
 T = TypeVar("T")
@@ -41,6 +42,8 @@ class EngineDriver:
         self.generated_tokens = 0
         self.busy_s = 0.0
         self.paused_s = 0.0
+        self.spans = SpanLog()
+        self._stretch: tuple[float, int] | None = None  # when decoding began without a break since, and tokens by then
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
@@ -82,7 +85,8 @@ class EngineDriver:
         future: Future[ApplyReport] = Future()
 
         def swap() -> None:
-            start = time.perf_counter()
+            self._end_stretch()
+            begun, start = time.time(), time.perf_counter()
             try:
                 self._engine.apply(manifest, buffer)
             except Exception as error:
@@ -90,6 +94,7 @@ class EngineDriver:
                 return
             pause = time.perf_counter() - start
             self._version = self._engine.serving_version
+            self.spans.add("pause", begun, begun + pause, version=self._version)
             self.paused_s += pause
             future.set_result(ApplyReport(version=self._version, pause_s=pause))
 
@@ -120,6 +125,7 @@ class EngineDriver:
     def _run(self) -> None:
         try:
             while self._take_commands():
+                self._stretch = self._stretch or (time.time(), self.generated_tokens)
                 start = time.perf_counter()
                 for key, responses in self._engine.step():
                     self.generated_tokens += sum(len(r.response_ids) for r in responses)
@@ -137,8 +143,10 @@ class EngineDriver:
     def _take_commands(self) -> bool:
         """Run queued commands; wait for one when idle. False: close."""
         while True:
+            if idle := not self._engine.busy:
+                self._end_stretch()
             try:
-                item = self._inbox.get(block=not self._engine.busy)
+                item = self._inbox.get(block=idle)
             except queue.Empty:
                 return True
             if item is None:
@@ -148,3 +156,10 @@ class EngineDriver:
                 start, paused = time.perf_counter(), self.paused_s
                 command()
                 self.busy_s += time.perf_counter() - start - (self.paused_s - paused)
+
+    def _end_stretch(self) -> None:
+        """Decoding stops here, for want of prompts or for a new version."""
+        if self._stretch is not None:
+            start, tokens = self._stretch
+            self.spans.add("generate", start, time.time(), tokens=self.generated_tokens - tokens)
+            self._stretch = None

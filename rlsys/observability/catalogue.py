@@ -77,16 +77,21 @@ _METRICS = (
     Metric("importance/truncated_fraction", "fraction", "tokens whose correction weight was truncated", True, True),
     Metric("importance/clamped_fraction", "fraction", "tokens or responses whose log-ratio met the ±20 clamp"),
     *(
-        Metric(f"split/{part}/{name}", "nats", f"{meaning} of {what}, over probed tokens")
-        for part, what in (
-            ("drift", "log π_θ - log π_V, what moved within the step"),
-            ("lag", "log π_V - log π_v, what the learner moved since version v sampled the token"),
-            ("engine", "log π_v - log μ, where the engine computes otherwise than the learner"),
-            ("engine_later_spans", "log π_v - log μ after the response's first version: also its older KV cache"),
+        Metric(f"split/{part}/{name}", "nats", f"{meaning} of {what}, over {tokens}")
+        for part, what, tokens in (
+            ("drift", "log π_θ - log π_V, what moved within the step", "probed tokens"),
+            ("lag", "log π_V - log π_v, what moved since version v sampled the token", "probed tokens"),
+            ("engine", "log π_v - log μ, where the engine computes otherwise", "tokens of first spans"),
+            (
+                "engine_later_spans",
+                "log π_v - log μ where the KV cache is partly older too",
+                "tokens of later version spans",
+            ),
         )
         for name, meaning in (("mean", "mean"), ("abs_mean", "mean absolute value"), ("k3", "k3"))
     ),
     Metric("split/tokens", "tokens", "tokens that were probed"),
+    Metric("split/later_tokens", "tokens", "those of them after their response's first version"),
     Metric("split/seconds", "s", "what probing the batch took, off the learner's path"),
     Metric("audit/cosine", "1", "cosine of the corrected stale gradient and a fresh on-policy one"),
     Metric("audit/norm_ratio", "1", "norm of the corrected stale gradient over that of the fresh one"),

@@ -41,6 +41,11 @@ class RunDirectory:
         return self.root / "events"
 
     @property
+    def trace(self) -> Path:
+        """What every role did when, for trace viewers."""
+        return self.root / "trace.json"
+
+    @property
     def rollouts(self) -> Path:
         """Parquet files: `step-*`, one per recorded step, and `refused-*`, batches that could not be learned from."""
         return self.root / "rollouts"

@@ -6,9 +6,14 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import IO, Any
 
+from rlsys.config.schema import RunConfig
+from rlsys.observability.alarms import Alarm
 from rlsys.observability.catalogue import definition
+from rlsys.observability.prometheus import Prometheus
 from rlsys.observability.run_directory import RunDirectory
-from rlsys.observability.trackers import BackgroundTracker
+from rlsys.observability.spans import Span
+from rlsys.observability.trace import TraceWriter
+from rlsys.observability.trackers import open_trackers
 
 
 class JsonLines:
@@ -54,22 +59,23 @@ class TensorBoard:
 class RunJournal:
     """History of one run. Refuses metrics that the catalogue does not define."""
 
-    def __init__(
-        self, directory: RunDirectory, *, tensorboard: bool, trackers: Sequence[BackgroundTracker] = ()
-    ) -> None:
+    def __init__(self, directory: RunDirectory, config: RunConfig) -> None:
         self._metrics = JsonLines(directory.metrics)
         self._ledger = JsonLines(directory.ledger)
         self._notes = JsonLines(directory.notes)
-        self._tensorboard = TensorBoard(directory.tensorboard) if tensorboard else None
-        self._trackers = trackers
+        self._tensorboard = TensorBoard(directory.tensorboard) if config.records.tensorboard else None
+        self._prometheus = Prometheus(config.name) if config.observability.prometheus else None
+        self._trace = TraceWriter(directory.trace) if config.observability.trace else None
+        self._trackers = open_trackers(directory, config)
 
     def step(self, version: int, metrics: Mapping[str, float | None]) -> None:
         """One row of metrics.jsonl, and its scalars."""
         for name in metrics:
             definition(name)
         self._metrics.write({"step": version, "time": time.time(), **metrics})
-        if self._tensorboard is not None:
-            self._tensorboard.write(version, metrics)
+        for sink in (self._tensorboard, self._prometheus):
+            if sink is not None:
+                sink.write(version, metrics)
         for tracker in self._trackers:
             tracker.write(version, metrics)
         self._note_trackers()
@@ -77,6 +83,19 @@ class RunJournal:
     def event(self, kind: str, message: str) -> None:
         """Something a person should read."""
         self._notes.write({"time": time.time(), "kind": kind, "message": message})
+
+    def alarm(self, alarm: Alarm) -> None:
+        """An alarm was raised or cleared."""
+        now = time.time()
+        fields = dataclasses.asdict(alarm)
+        self._notes.write({"time": now, "kind": "alarm", "message": alarm.message, "alarm": fields})
+        if self._trace is not None:
+            self._trace.instant("alarms", alarm.name, now, {"state": alarm.state, "step": alarm.step})
+
+    def spans(self, role: str, spans: Sequence[Span]) -> None:
+        """What a role did, for the trace."""
+        if self._trace is not None:
+            self._trace.spans(role, spans)
 
     def closed(self, slot: Any) -> None:
         """One row of ledger.jsonl: a slot's end."""
@@ -87,7 +106,7 @@ class RunJournal:
         for tracker in self._trackers:
             tracker.close()
         self._note_trackers()
-        for sink in (self._metrics, self._ledger, self._notes, self._tensorboard):
+        for sink in (self._metrics, self._ledger, self._notes, self._tensorboard, self._trace):
             if sink is not None:
                 sink.close()
 

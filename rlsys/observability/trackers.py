@@ -25,7 +25,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from rlsys.config.schema import RunConfig
 from rlsys.errors import ConfigError
+from rlsys.observability.run_directory import RunDirectory
 
 AHEAD = 1000
 """Steps a tracker may be behind the run before it is given up."""
@@ -215,11 +217,18 @@ class BackgroundTracker:
                     tracker.close()
 
 
-def open_trackers(names: Sequence[str], run: TrackedRun) -> list[BackgroundTracker]:
-    """Start the named trackers, each once. Problems come out of `new_problem`."""
+def open_trackers(directory: RunDirectory, config: RunConfig) -> list[BackgroundTracker]:
+    """Start those the configuration names, each once. Problems come out of `new_problem`."""
+    run = TrackedRun(
+        directory=directory.trackers.absolute(),
+        name=config.name,
+        project=config.observability.project,
+        config=config.model_dump(mode="json"),
+    )
+    names = dict.fromkeys(config.observability.sinks)
     if names:
         _ = run.identity  # made here: the threads only read it
-    return [BackgroundTracker(name, lambda make=TRACKERS[name]: make(run)) for name in dict.fromkeys(names)]  # type: ignore[misc]
+    return [BackgroundTracker(name, lambda make=TRACKERS[name]: make(run)) for name in names]  # type: ignore[misc]
 
 
 def require_trackers(names: Sequence[str]) -> None:

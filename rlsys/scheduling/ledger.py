@@ -83,7 +83,7 @@ class Ledger:
     ) -> None:
         if capacity < 1 or window < 1:
             raise LedgerError(f"capacity={capacity} and window={window} must be at least 1")
-        self._capacity = capacity
+        self._capacity = self._admitting = capacity
         self._window = window
         self._on_close = on_close
         self._slots: dict[int, Slot] = {}
@@ -96,7 +96,16 @@ class Ledger:
     @property
     def has_room(self) -> bool:
         """Whether another prompt may be admitted."""
-        return len(self._slots) < self._capacity
+        return len(self._slots) < self._admitting
+
+    @property
+    def admitting(self) -> int:
+        """Slots that may be open now."""
+        return self._admitting
+
+    def admit_up_to(self, slots: int) -> None:
+        """Narrow admission to `slots` open ones, or widen it again; never beyond the capacity."""
+        self._admitting = min(max(1, slots), self._capacity)
 
     @property
     def open(self) -> tuple[Slot, ...]:
@@ -112,7 +121,7 @@ class Ledger:
     def admit(self, prompt: Prompt, version: PolicyVersion) -> Slot:
         """Give a prompt a slot. Raises `LedgerError` when there is no room."""
         if not self.has_room:
-            raise LedgerError(f"all {self._capacity} slots are taken")
+            raise LedgerError(f"all {self._admitting} slots are taken")
         slot = Slot(self.next_id, prompt, version)
         self._slots[slot.id] = slot
         self._in[slot.state] += 1

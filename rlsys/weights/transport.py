@@ -15,11 +15,15 @@ from rlsys.weights.buffer import Bytes
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WeightTicket:
-    """A published version and where its bytes can be had. `payload` is the transport's own."""
+    """A published version and where its bytes can be had. `payload` is the transport's own.
+
+    `exact`: the same version in the learner's precision, for the probe, where the workers' is lower.
+    """
 
     manifest: WeightManifest
     payload: Any
     publish_s: float = 0.0
+    exact: "WeightTicket | None" = None
 
 
 class WeightTransport(Protocol):

@@ -171,13 +171,15 @@ def alarms(run: RunRecord) -> Section:
             "stands" if alarm.cleared is None else number(alarm.cleared),
             number(alarm.value),
             number(alarm.limit),
-            Cell(alarm.message, note=" ".join(part for part in (alarm.cause, alarm.advice) if part)),
+            Cell(alarm.cause or alarm.message, note=alarm.advice),
         )
         for alarm in run.alarms
     ]
     said: Block
     if rows:
-        said = table("alarm | raised at step | cleared | value | limit | what it says", *rows, prose=True)
+        said = table(
+            "alarm | raised at step | cleared | value | limit | likely cause, and what to change", *rows, prose=True
+        )
     elif watched(run):
         said = Text("No alarm was raised.")
     else:

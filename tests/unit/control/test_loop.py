@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rlsys.control.loop import MAX_ATTEMPTS, MAX_FAILED_IN_A_ROW, RECORDS_AHEAD, TrainingLoop
+from rlsys.control.history import AHEAD
+from rlsys.control.loop import MAX_ATTEMPTS, MAX_FAILED_IN_A_ROW, TrainingLoop
 from rlsys.control.ports import WorkerLost
 from rlsys.errors import (
     ClusterError,
@@ -510,7 +511,7 @@ def test_records_are_written_in_order_and_the_learner_does_not_wait_for_them() -
 def test_the_learner_waits_when_too_many_records_wait() -> None:
     r = rig("learner.steps=30", recorder=FakeRecorder(write_s=10.0))
     r.run()
-    ninth, tenth, eleventh = (r.learner.batches[n].at for n in range(RECORDS_AHEAD, RECORDS_AHEAD + 3))
+    ninth, tenth, eleventh = (r.learner.batches[n].at for n in range(AHEAD, AHEAD + 3))
     assert ninth < tenth < 10.0
     assert eleventh > 10.0
     assert len(r.recorder.files) == 30

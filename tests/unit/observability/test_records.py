@@ -15,7 +15,7 @@ from rlsys.observability.run_directory import RunDirectory, read_jsonl
 from rlsys.observability.sinks import JsonLines, RunJournal, TensorBoard
 from rlsys.records import BatchArrays, GroupScore, RolloutGroup
 from rlsys.scheduling.ledger import Closed, End
-from tests.fakes import make_prompt, make_rollout
+from tests.fakes import make_config, make_prompt, make_rollout
 
 # JSON lines
 
@@ -48,13 +48,18 @@ def test_a_last_line_cut_short_is_left_out_and_a_missing_file_is_empty(tmp_path:
 # The journal
 
 
+def open_journal(directory: RunDirectory, *, tensorboard: bool = False) -> RunJournal:
+    written = f"records.tensorboard={str(tensorboard).lower()}"
+    return RunJournal(directory, make_config(directory.root.parent, written, "observability.prometheus=false"))
+
+
 def closed(slot: int, prompt: int, version: int, end: End = End.TRAINED) -> Closed:
     return Closed(slot=slot, epoch=0, prompt=prompt, end=end, attempts=1, admitted_version=0, version=version)
 
 
 def test_the_journal_keeps_steps_ends_and_events_apart(tmp_path: Path) -> None:
     directory = RunDirectory(tmp_path / "run")
-    journal = RunJournal(directory, tensorboard=False)
+    journal = open_journal(directory)
     journal.step(1, {"reward/mean": 0.5, "importance/ess_token/by_staleness/4+": None})
     journal.closed(closed(3, 8, 1, End.REJECTED_NONFINITE))
     journal.event(End.FAILED_REWARD, "slot 4: no reward")
@@ -70,7 +75,7 @@ def test_the_journal_keeps_steps_ends_and_events_apart(tmp_path: Path) -> None:
 
 def test_the_journal_refuses_a_metric_nobody_defined_before_writing_any(tmp_path: Path) -> None:
     directory = RunDirectory(tmp_path)
-    journal = RunJournal(directory, tensorboard=True)
+    journal = open_journal(directory, tensorboard=True)
     with pytest.raises(KeyError, match="reward/median"):
         journal.step(1, {"reward/mean": 0.5, "reward/median": 0.5})
     journal.close()
@@ -99,14 +104,14 @@ def test_a_directory_that_holds_a_run_is_not_used_for_another(tmp_path: Path) ->
     directory.create("name: run\n")
     assert directory.config.read_text() == "name: run\n"
     directory.create("name: run\n")  # nothing was recorded yet
-    RunJournal(directory, tensorboard=False).close()
+    open_journal(directory).close()
     with pytest.raises(CheckpointError, match="already holds a run"):
         directory.create("name: run\n")
 
 
 def recorded(directory: RunDirectory) -> None:
     """Three steps of two prompts; prompt 1 failed at version 1; at version 2, after its checkpoint, prompt 7 failed."""
-    journal = RunJournal(directory, tensorboard=False)
+    journal = open_journal(directory)
     for version in (0, 1, 2, 3):
         journal.step(version, {"reward/mean" if version else "eval/accuracy": 0.1 * version})
     for slot, prompt, version, end in [
@@ -158,7 +163,7 @@ def test_rewinding_twice_is_rewinding_once_and_lines_cut_short_are_gone(tmp_path
     texts = [path.read_text() for path in (directory.metrics, directory.ledger, directory.notes)]
     directory.rewind(2)
     assert [path.read_text() for path in (directory.metrics, directory.ledger, directory.notes)] == texts
-    journal = RunJournal(directory, tensorboard=False)
+    journal = open_journal(directory)
     journal.event("note", "resumed")
     journal.step(3, {"reward/mean": 0.5})
     journal.close()

@@ -64,10 +64,10 @@ def write_batch(directory: RunDirectory, step: int, versions: Sequence[Sequence[
 
 def make_run(root: Path, *overrides: str, everything: bool = True) -> RunDirectory:
     """Four steps whose numbers can be added up in the head; `everything`: with what a run may leave out."""
-    config = make_config(root, "name=made", *overrides)
+    config = make_config(root, "name=made", "observability.prometheus=false", *overrides)
     directory = RunDirectory(config.path)
     directory.create(dump_config(config))
-    journal = RunJournal(directory, tensorboard=False)
+    journal = RunJournal(directory, config)
     for step in range(5):
         if step in (0, 2, 4):
             journal.step(step, {"eval/accuracy": (0.25, 0.875, 0.75)[step // 2], "eval/prompts": 100.0})
@@ -214,9 +214,10 @@ def test_an_alarm_is_shown_with_its_cause_its_advice_and_when_it_was_cleared(
     made: tuple[RunDirectory, str, str],
 ) -> None:
     directory, page, text = made
-    assert rows(text, "ess_low")[:5] == ["2", "3", "0.125", "0.3", "ESS is low"]
+    assert rows(text, "ess_low")[:5] == ["2", "3", "0.125", "0.3", "data is &lt;old&gt;"]
     assert rows(text, "k3_high")[:4] == ["4", "stands", "–", "–"]
-    assert "data is &lt;old&gt; lower staleness.max" in page
+    assert "data is &lt;old&gt;<small>lower staleness.max</small>" in page
+    assert rows(text, "k3_high")[4] == "k3 is high", "one without a cause says what it says"
     first, second = read_run(directory.root).alarms
     assert (first.raised, first.cleared, second.cleared) == (2, 3, None)
 

@@ -18,7 +18,7 @@ from rlsys.observability import trackers
 from rlsys.observability.catalogue import CATALOGUE, PARTS
 from rlsys.observability.run_directory import RunDirectory, read_jsonl
 from rlsys.observability.sinks import RunJournal
-from rlsys.observability.trackers import BackgroundTracker, Tracker, flatten, mlflow_name, require_trackers
+from rlsys.observability.trackers import Tracker, flatten, mlflow_name, require_trackers
 from tests.fakes import make_config
 
 NAMES = [
@@ -39,7 +39,8 @@ WRITE = """
 import json, sys
 from pathlib import Path
 from rlsys.config import parse_config
-from rlsys.control.journal import open_journal
+from rlsys.observability.run_directory import RunDirectory
+from rlsys.observability.sinks import RunJournal
 
 calls = []
 def watch(event, arguments):
@@ -48,8 +49,9 @@ def watch(event, arguments):
 sys.addaudithook(watch)
 
 config = parse_config({"task": {"name": "arithmetic"}, "name": "a run", "run_dir": sys.argv[1]},
-                      ["observability.sinks=[wandb,mlflow,trackio]", "observability.project=proj", sys.argv[2]])
-journal = open_journal(config)
+                      ["observability.sinks=[wandb,mlflow,trackio]", "observability.project=proj",
+                       "observability.prometheus=false", sys.argv[2]])
+journal = RunJournal(RunDirectory(config.path), config)
 for step, metrics in json.loads(sys.stdin.read()):
     journal.step(step, metrics)
 journal.close()
@@ -212,21 +214,32 @@ class Fake:
             raise ConnectionError("no server")
 
 
-def journal_with(directory: RunDirectory, *openers: Callable[[], Tracker]) -> RunJournal:
-    return RunJournal(directory, tensorboard=False, trackers=[BackgroundTracker("fake", opener) for opener in openers])
+def ignoring_the_run(opener: Callable[[], Tracker]) -> Callable[[trackers.TrackedRun], Tracker]:
+    return lambda run: opener()
+
+
+def journal_with(directory: RunDirectory, patch: pytest.MonkeyPatch, *openers: Callable[[], Tracker]) -> RunJournal:
+    """A journal whose W&B, and MLflow if there are two, are made so."""
+    names = ["wandb", "mlflow"][: len(openers)]
+    for name, opener in zip(names, openers, strict=True):
+        patch.setitem(trackers.TRACKERS, name, ignoring_the_run(opener))
+    config = make_config(directory.root.parent, "observability.prometheus=false", f"observability.sinks={names}")
+    return RunJournal(directory, config)
 
 
 @pytest.mark.parametrize("fails", ["open", "write", "close"])
-def test_a_tracker_that_fails_leaves_one_event_and_the_run_its_data(tmp_path: Path, fails: str) -> None:
+def test_a_tracker_that_fails_leaves_one_event_and_the_run_its_data(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: str
+) -> None:
     directory, sound = RunDirectory(tmp_path), Fake()
     broken = Fake(fails) if fails != "open" else None
-    journal = journal_with(directory, lambda: broken or Fake(fails), lambda: sound)
+    journal = journal_with(directory, monkeypatch, lambda: broken or Fake(fails), lambda: sound)
     for step in (1, 2, 3):
         journal.step(step, {"reward/mean": 0.5, "kl/reference_k1": None})
     journal.close()
     (event,) = read_jsonl(directory.notes)
     assert event["kind"] == "tracker_failed"
-    assert event["message"] == "fake: ConnectionError: no server; nothing more is sent to it"
+    assert event["message"] == "wandb: ConnectionError: no server; nothing more is sent to it"
     assert [row["step"] for row in directory.rows()] == [1, 2, 3]
     assert sound.rows == [(step, {"reward/mean": 0.5}) for step in (1, 2, 3)]
     assert sound.closed == 1
@@ -244,13 +257,13 @@ def test_a_tracker_that_hangs_delays_no_step_and_is_given_up(tmp_path: Path, mon
         return Fake()
 
     directory = RunDirectory(tmp_path)
-    journal = journal_with(directory, never)
+    journal = journal_with(directory, monkeypatch, never)
     for step in range(1, 6):
         journal.step(step, {"reward/mean": 0.5})
     journal.close()
     hung.set()
     (event,) = read_jsonl(directory.notes)
-    assert event["message"] == "fake: it is 2 steps behind; nothing more is sent to it"
+    assert event["message"] == "wandb: it is 2 steps behind; nothing more is sent to it"
     assert len(directory.rows()) == 5
 
 
@@ -263,7 +276,7 @@ def test_a_tracker_that_does_not_finish_is_left_behind(tmp_path: Path, monkeypat
             hung.wait()
 
     directory = RunDirectory(tmp_path)
-    journal = journal_with(directory, Slow)
+    journal = journal_with(directory, monkeypatch, Slow)
     journal.close()
     hung.set()
     (event,) = read_jsonl(directory.notes)

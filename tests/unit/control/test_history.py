@@ -1,0 +1,110 @@
+"""What a step leaves behind: metrics of all parts, alarms where they belong, and never a learner that waits for it."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.fakes import FakeLearner, FakeProbe, FakeRollout, Rig, make_config
+
+DIRECTORY = Path("/nowhere")
+
+
+def rig(*overrides: str, **parts: Any) -> Rig:
+    return Rig(make_config(DIRECTORY, *overrides), **parts)
+
+
+def rows(rig: Rig) -> dict[int, dict[str, float | None]]:
+    return {version: row for version, row in rig.journal.rows if "reward/mean" in row}
+
+
+# The probe
+
+
+def test_every_published_version_is_kept_for_the_probe_and_every_batch_is_probed_at_its_own() -> None:
+    r = rig("learner.steps=4", probe=FakeProbe())
+    r.run()
+    assert r.probe is not None
+    assert r.probe.kept == [0, 1, 2, 3, 4]
+    assert r.probe.probed == [0, 1, 2, 3]
+    assert [row["split/lag/mean"] for row in rows(r).values()] == [pytest.approx(0.1)] * 4
+
+
+def test_a_slow_probe_never_makes_the_learner_wait() -> None:
+    quick, slow = rig("learner.steps=40"), rig("learner.steps=40", probe=FakeProbe(split_s=0.5))
+    quick.run()
+    slow.run()
+    assert [b.at for b in slow.learner.batches] == [b.at for b in quick.learner.batches]
+    assert sorted(rows(slow)) == list(range(1, 41))
+
+
+def test_a_probe_that_fails_stops_the_run_even_when_nobody_waited_for_it() -> None:
+    r = rig("learner.steps=40", probe=FakeProbe(split_s=0.05, error=ValueError("version 3 is not held")))
+    with pytest.raises(ValueError, match="version 3 is not held"):
+        r.run()
+
+
+# Alarms
+
+
+def test_an_alarm_stands_in_the_journal_and_in_the_metrics_while_it_lasts() -> None:
+    diverging = FakeLearner(metrics=lambda version: {"importance/k3": 1.0 if 2 <= version <= 4 else 0.0})
+    r = rig("alarms.patience=2", "learner.steps=8", learner=diverging)
+    loop = r.run()
+    assert [(a.name, a.state, a.step) for a in r.journal.alarms] == [
+        ("divergence_high", "raised", 3),
+        ("divergence_high", "cleared", 6),
+    ]
+    assert [row["alarms/raised"] for row in rows(r).values()] == [0, 0, 1, 1, 1, 0, 0, 0]
+    assert loop.progress.alarms == ()
+
+
+def test_a_refused_batch_raises_an_alarm_and_the_next_applied_one_clears_it() -> None:
+    r = rig(learner=FakeLearner(refuse=[2]))
+    r.run()
+    assert [(a.name, a.state, a.step) for a in r.journal.alarms] == [
+        ("not_finite", "raised", 2),
+        ("not_finite", "cleared", 3),
+    ]
+
+
+# Survivorship
+
+
+def test_the_rejected_are_counted_apart_from_the_trained() -> None:
+    r = rig(learner=FakeLearner(refuse=[2]), workers=[FakeRollout("a", tokens=lambda slot: 6 if slot in (4, 5) else 2)])
+    r.run()
+    last = rows(r)[6]
+    assert (last["staleness/rejected_groups"], last["staleness/rejected_tokens"]) == (2, 2 * 2 * 6)
+    assert (last["staleness/rejected_length"], last["staleness/trained_length"]) == (6, 2)
+    assert last["staleness/rejected_reward"] == last["staleness/trained_reward"] == 1
+    first = rows(r)[1]
+    assert (first["staleness/rejected_groups"], first["staleness/rejected_length"]) == (0, None)
+
+
+# The ESS-driven window
+
+
+ESS = ("staleness.controller=ess", "staleness.ess.target=0.7", "staleness.ess.decrease=0.5", "staleness.ess.increase=1")
+
+
+def test_a_low_ess_makes_the_data_younger_and_a_high_one_older_again_within_the_bound() -> None:
+    def ess(version: int) -> dict[str, float | None]:
+        return {"importance/ess_sequence": 0.1 if version <= 15 else 0.9}
+
+    r = rig(*ESS, "learner.steps=40", "staleness.backlog=3", learner=FakeLearner(metrics=ess))
+    r.run()
+    ages = [max(batch.ages) for batch in r.learner.batches]
+    assert max(ages) <= r.config.staleness.max
+    assert max(ages[:6]) == 3
+    assert max(ages[14:16]) <= 1
+    assert max(ages[-6:]) == 3
+    windows = [w for row in rows(r).values() if (w := row["staleness/window"]) is not None]
+    assert min(windows) == pytest.approx(1, abs=0.01)
+    assert windows[-1] == 4
+
+
+def test_without_the_controller_the_window_is_the_bound() -> None:
+    r = rig(learner=FakeLearner(metrics=lambda version: {"importance/ess_sequence": 0.0}))
+    r.run()
+    assert {row["staleness/window"] for row in rows(r).values()} == {4.0}
