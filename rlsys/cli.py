@@ -1,4 +1,4 @@
-"""The command line: `rlsys train | warmstart | eval | doctor | export`."""
+"""The command line: `rlsys train | warmstart | eval | report | doctor | export | lab`."""
 
 import json
 import logging
@@ -14,6 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from rlsys.cli_lab import app as lab
+from rlsys.cli_report import report
 from rlsys.config import RunConfig, load_config
 from rlsys.errors import RlsysError
 
@@ -25,6 +26,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 app.add_typer(lab, name="lab")
+app.command(epilog="Example: rlsys report runs/quickstart")(report)
 out = Console()
 err = Console(stderr=True)
 
@@ -89,12 +91,13 @@ def train(
     for what, where in (
         ("reward and staleness", _shown(result.plot)),
         ("TensorBoard", f"tensorboard --logdir {root}/events"),
+        ("the whole run, as a page", f"scripts/run report {root}"),
         ("every metric", f"{root}/metrics.jsonl"),
         ("every token", f"{root}/rollouts/"),
         ("check the policy", f"scripts/run eval {_shown(result.checkpoint)} {config}"),
         ("serve it", f"python -m vllm.entrypoints.openai.api_server --model {_shown(result.checkpoint)}"),
     ):
-        out.print(f"  {what:<22} {where}", markup=False, highlight=False, soft_wrap=True)
+        out.print(f"  {what:<24} {where}", markup=False, highlight=False, soft_wrap=True)
 
 
 @app.command(epilog="Example: rlsys warmstart configs/quickstart.yaml seed=1")
