@@ -13,6 +13,7 @@ from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from rlsys.cli_dashboard import dashboard
 from rlsys.cli_lab import app as lab
 from rlsys.config import RunConfig, load_config
 from rlsys.errors import RlsysError
@@ -25,6 +26,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 app.add_typer(lab, name="lab")
+app.command(epilog="Example: rlsys dashboard quickstart")(dashboard)
 out = Console()
 err = Console(stderr=True)
 
