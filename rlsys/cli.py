@@ -1,4 +1,4 @@
-"""The command line: `rlsys train | warmstart | eval | doctor | export`."""
+"""The command line: `rlsys train | warmstart | eval | doctor | export`; `lab` and `dashboard` have their own files."""
 
 import json
 import logging
@@ -68,7 +68,9 @@ def train(
     from rlsys.control.lifecycle import train as run
 
     with RunView(settings, quiet=as_json) as view:
-        result = run(settings, resume=resume, on_status=view.status, on_warmstart=view.warmstart)
+        result = run(
+            settings, resume=resume, on_status=view.status, on_warmstart=view.warmstart, on_dashboard=view.dashboard
+        )
     if as_json:
         _print_json(
             {
@@ -91,12 +93,13 @@ def train(
     for what, where in (
         ("reward and staleness", _shown(result.plot)),
         ("TensorBoard", f"tensorboard --logdir {root}/events"),
+        ("all of it, in a browser", f"scripts/run dashboard {root}"),
         ("every metric", f"{root}/metrics.jsonl"),
         ("every token", f"{root}/rollouts/"),
         ("check the policy", f"scripts/run eval {_shown(result.checkpoint)} {config}"),
         ("serve it", f"python -m vllm.entrypoints.openai.api_server --model {_shown(result.checkpoint)}"),
     ):
-        out.print(f"  {what:<22} {where}", markup=False, highlight=False, soft_wrap=True)
+        out.print(f"  {what:<24} {where}", markup=False, highlight=False, soft_wrap=True)
 
 
 @app.command(epilog="Example: rlsys warmstart configs/quickstart.yaml seed=1")
@@ -194,6 +197,10 @@ class RunView:
     def __exit__(self, *_: object) -> None:
         if not self._quiet:
             self._live.stop()
+
+    def dashboard(self, url: str) -> None:
+        """Where the dashboard answers; on standard error where standard output is for programs."""
+        (err if self._quiet else out).print(f"dashboard: {url}", markup=False, highlight=False, soft_wrap=True)
 
     def warmstart(self, step: int, steps: int, loss: float) -> None:
         """Progress of the supervised phase."""

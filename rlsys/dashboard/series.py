@@ -1,5 +1,6 @@
 """Metrics as columns over the steps, and fewer points of them that look the same."""
 
+import math
 from array import array
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -40,6 +41,7 @@ class MetricStore:
         self._steps = array("q")
         self._times = array("d")
         self._columns: dict[str, array[float]] = {}
+        self._first, self._last = math.inf, -math.inf
         self._touched = array("q")  # place in the table of every raw row, in the order of arrival
 
     def __len__(self) -> int:
@@ -60,11 +62,14 @@ class MetricStore:
         step = row.get("step")
         if not isinstance(step, int):
             return
+        at = _number(row.get("time"))
+        if at == at:
+            self._first, self._last = min(self._first, at), max(self._last, at)
         place = self._place.get(step)
         if place is None:
             place = self._place[step] = len(self._steps)
             self._steps.append(step)
-            self._times.append(_number(row.get("time")))
+            self._times.append(at)
             for column in self._columns.values():
                 column.append(np.nan)
         self._touched.append(place)
@@ -99,10 +104,8 @@ class MetricStore:
         return float(known[-1]) if len(known) else None
 
     def span(self) -> tuple[float, float] | None:
-        """Times of the first and the last row."""
-        times = np.array(self._times)
-        times = times[~np.isnan(times)]
-        return (float(times.min()), float(times.max())) if len(times) else None
+        """Times of the earliest and the latest raw row."""
+        return (self._first, self._last) if self._first <= self._last else None
 
 
 def downsample(table: Table, points: int = POINTS) -> Table:
