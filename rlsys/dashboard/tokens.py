@@ -15,6 +15,8 @@ Sort = Literal["recorded", "ratio", "age", "reward", "length"]
 SORTS: tuple[Sort, ...] = ("recorded", "ratio", "age", "reward", "length")
 PAGE = 60
 """Responses listed at once."""
+END = "<end>"
+"""Shown for an end token, which leaves no text."""
 LOGPROBS = ("behavior", "step_start", "policy", "reference")
 
 
@@ -66,7 +68,7 @@ def token_texts(ids: Sequence[int], text: str, decoder: Decoder) -> tuple[list[s
     if len(text) in (len(ids), len(ids) - 1):
         pairs = set(zip(ids, text, strict=False))
         if len(pairs) == len({token for token, _ in pairs}) == len(set(text)):
-            return [*text, *("⏹" * (len(ids) - len(text)))], "text"
+            return [*text, *([END] * (len(ids) - len(text)))], "text"
     if pieces is not None:
         return pieces, "decoded"
     return [str(token) for token in ids], "ids"

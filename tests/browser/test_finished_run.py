@@ -141,7 +141,7 @@ def test_a_token_tells_its_numbers_on_hover_and_on_focus(url: str, open_page: Op
     page.get_by_label("Order").select_option("recorded")
     page.locator("button[data-row='2']").click()
     tokens, detail = page.locator(".tok"), page.locator(".detail")
-    expect(page.locator(".text-view")).to_have_text("5+7=12⏹")
+    expect(page.locator(".text-view")).to_have_text("5+7=12<end>")
     tokens.nth(0).hover()
     expect(detail).to_contain_text("behaviour, log μ−0.5000")
     expect(detail).to_contain_text("policy, log π_θ−0.4000")

@@ -28,7 +28,7 @@ def test_characters_stand_for_tokens_when_there_is_one_for_each() -> None:
 
 
 def test_an_end_token_that_leaves_no_text_is_marked() -> None:
-    assert token_texts([5, 6, 1], "ab", NONE) == (["a", "b", "⏹"], "text")
+    assert token_texts([5, 6, 1], "ab", NONE) == (["a", "b", "<end>"], "text")
 
 
 def test_as_many_characters_as_tokens_by_accident_are_not_believed() -> None:
@@ -51,7 +51,7 @@ def test_tokens_that_no_one_can_decode_are_shown_as_ids(tmp_path: Path) -> None:
 def test_a_response_shows_every_number_of_every_token(tmp_path: Path) -> None:
     table = pq.read_table(make_run(tmp_path / "run", 5) / "rollouts" / "step-000005.parquet")
     page = response(table, 5, 2, NONE)
-    assert (page["texts"], page["source"]) == (["1", "2", "⏹"], "text")
+    assert (page["texts"], page["source"]) == (["1", "2", "<end>"], "text")
     assert page["versions"] == [2, 3, 3]
     assert page["ages"] == [2, 1, 1]
     assert page["log_ratio"] == pytest.approx([0.1, -0.1, 0], abs=1e-6)

@@ -41,7 +41,8 @@ export class LineChart {
 
   set(x, columns) {
     if (this.log) columns = columns.map((column) => column.map((value) => (value > 0 ? value : null)));
-    this.data = [x, ...columns];
+    this.raw = columns;
+    this.data = [x, ...columns.map((column, i) => this.stacked(column, this.series[i].on))];
     const known = columns.some((column) => column.some((value) => value !== null));
     if (!this.u || !known) this.rebuild();
     else {
@@ -52,6 +53,12 @@ export class LineChart {
     this.values(null);
   }
 
+  // A series that stands on another is drawn from that one's top; the legend keeps its own value.
+  stacked(column, on) {
+    if (on === undefined) return column;
+    return column.map((value, i) => (value === null || this.raw[on][i] === null ? null : value + this.raw[on][i]));
+  }
+
   zoomed() {
     const { min, max } = this.u.scales.x, x = this.u.data[0];
     return x.length > 1 && min !== undefined && (min > x[0] + 1e-9 || max < x[x.length - 1] - 1e-9);
@@ -60,7 +67,7 @@ export class LineChart {
   values(place) {
     const words = [];
     this.series.forEach((one, i) => {
-      const column = this.data?.[i + 1] ?? [];
+      const column = this.raw?.[i] ?? [];
       let at = place === null ? column.length - 1 : place;
       while (at >= 0 && (column[at] === null || column[at] === undefined) && (place === null || one.sparse)) at -= 1;
       const text = at >= 0 ? (one.format ?? this.format)(column[at]) : "–";
@@ -109,9 +116,10 @@ export class LineChart {
       ],
       series: [{}, ...this.series.map((one, i) => ({
         label: one.label, stroke: colour(one.colour), width: one.width ?? 1.7, show: !this.hidden.has(i), spanGaps: true,
-        dash: one.dash ? [5, 5] : undefined, points: { show: Boolean(one.points) || this.data[0].length < 3, size: 6, fill: colour(one.colour) },
+        dash: one.dash ? [5, 5] : undefined, fill: one.fill ? `${colour(one.colour)}59` : undefined, points: { show: Boolean(one.points) || this.data[0].length < 3, size: 6, fill: colour(one.colour) },
         paths: one.stepped ? uPlot.paths.stepped({ align: 1 }) : undefined,
       }))],
+      bands: this.series.flatMap((one, i) => (one.on === undefined ? [] : [{ series: [i + 1, one.on + 1], fill: `${colour(one.colour)}59` }])),
       hooks: { setCursor: [(u) => this.values(u.cursor.idx ?? null)] },
     };
   }

@@ -9,10 +9,9 @@ const HEIGHT = 190;
 export function create({ run, runs, meaning }) {
   let map = null;
   const tip = (one) => (one.name ? meaning(one.name) : one.tip);
-  const parts = new LineChart({ title: "In flight and in queue", note: "mean age, versions", range: [0, null], sync: "staleness", meaning: tip, series: [
-    { name: "staleness/mean", label: "whole", colour: "c6" },
-    { name: "staleness/in_flight/mean", label: "in flight", colour: "s0" },
-    { name: "staleness/in_queue/mean", label: "in queue", colour: "s3" },
+  const parts = new LineChart({ title: "In flight and in queue", note: "mean age in versions, stacked", range: [0, null], sync: "staleness", meaning: tip, series: [
+    { name: "staleness/in_flight/mean", label: "in flight", colour: "s0", fill: true },
+    { name: "staleness/in_queue/mean", label: "in queue", colour: "s3", on: 0 },
     { name: "staleness/window", label: "window", colour: "c1", dash: true },
     { name: "staleness/bound", label: "bound", colour: "c4", dash: true },
   ] });

@@ -75,7 +75,7 @@ export function create({ run, runs }) {
   }
 
   function token(piece, i, text, detail) {
-    const special = /^<.+>$|^⏹$/.test(piece) || shown.source === "ids";
+    const special = /^<.+>$/.test(piece) || shown.source === "ids";
     const move = (event) => {
       const to = { ArrowRight: i + 1, ArrowLeft: i - 1, Home: 0, End: shown.texts.length - 1 }[event.key];
       const next = to === undefined ? null : text.querySelector(`[data-token="${to}"]`);
