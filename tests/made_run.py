@@ -216,5 +216,5 @@ def append_events(path: Path, *rows: dict[str, Any]) -> None:
 def raise_alarm(root: Path, **changes: Any) -> None:
     """Append an alarm's note to a run."""
     alarm = {**ALARM, **changes}
-    message = f"ESS of the sequence weights is {alarm['value']}"
+    message = f"{alarm['name']}: {alarm['value']} (limit {alarm['limit']})"
     append(root / "events.jsonl", {"time": STARTED + 2, "kind": "alarm", "message": message, "alarm": alarm})

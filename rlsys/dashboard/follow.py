@@ -12,7 +12,8 @@ class Follower:
     """The JSON objects of a file with one per line, as they arrive.
 
     A last line without its end is left for the next look. A file that was replaced or became shorter (a resumed
-    run forgets what came after its checkpoint) is read again from the start, and `generation` grows. Lines that
+    run forgets what came after its checkpoint) is read again from the start, and `generation` grows; so is an
+    array that had ended and goes on. Lines that
     are no JSON object are counted in `skipped`. A Chrome trace, `[` and one event with a comma per line, reads
     the same way; `closed` says that its array has ended.
     """
@@ -32,7 +33,8 @@ class Follower:
             with self._path.open("rb") as file:
                 status = os.fstat(file.fileno())
                 inode, size = status.st_ino, status.st_size
-                if (self._inode and inode != self._inode) or size < self._read:
+                reopened = self.closed and size != self._read
+                if (self._inode and inode != self._inode) or size < self._read or reopened:
                     self._restart()
                 self._inode = inode
                 if size == self._read:

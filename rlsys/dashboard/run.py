@@ -51,7 +51,7 @@ class Run:
         self._metrics = Follower(self.directory.metrics)
         self._ledger = Follower(self.directory.ledger)
         self._notes = Follower(self.directory.notes)
-        self._trace = Follower(self.directory.root / "trace.json")
+        self._trace = Follower(self.directory.trace)
         self._generations = dict.fromkeys((self._metrics, self._ledger, self._notes, self._trace), 0)
 
     @property
@@ -167,7 +167,7 @@ class Run:
 
     def _last_write(self) -> float | None:
         d = self.directory
-        times = [_mtime(path) for path in (d.metrics, d.ledger, d.notes, d.rollouts, d.root / "trace.json", d.config)]
+        times = [_mtime(path) for path in (d.metrics, d.ledger, d.notes, d.rollouts, d.trace, d.config)]
         return max((t for t in times if t is not None), default=None)
 
     def _phase(self, written: float | None, now: float, step: int, steps: int | None) -> str:

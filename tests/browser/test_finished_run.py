@@ -109,14 +109,14 @@ def test_an_alarm_that_is_raised_appears_by_itself_with_cause_and_advice(
     expect(page.get_by_text("No alarm stands.")).to_be_visible()
     raise_alarm(root, cause="<img src=x onerror=alert(1)>")
     alarm = page.locator(".alarm")
-    expect(alarm).to_contain_text("ESS of the sequence weights is 0.21")
+    expect(alarm).to_contain_text("ESS low")
     expect(alarm).to_contain_text("0.210 against a limit of 0.300")
     expect(alarm).to_contain_text("<img src=x onerror=alert(1)>")  # text, whatever a run writes
     expect(alarm).to_contain_text("lower staleness.max or learner.lr")
     photograph(page, "alarm")
     raise_alarm(root, state="cleared", step=6)
     expect(alarm).to_have_count(0)
-    expect(page.get_by_text("(step 6, cleared)")).to_be_visible()
+    expect(page.get_by_text("ESS low cleared at step 6")).to_be_visible()
 
 
 def test_the_keyboard_reaches_every_page(url: str, open_page: Open) -> None:

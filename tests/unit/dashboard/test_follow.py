@@ -71,3 +71,13 @@ def test_a_trace_reads_line_by_line_and_says_when_it_has_ended(tmp_path: Path) -
         file.write('{"ph": "i"}\n]')
     assert (follower.poll(), follower.closed) == ([{"ph": "i"}], True)
     assert len(json.loads(path.read_text())) == 3
+
+
+def test_a_trace_that_goes_on_after_its_end_is_read_again(tmp_path: Path) -> None:
+    path = tmp_path / "trace.json"
+    path.write_text('[\n{"n": 1},\n{"n": 2}\n]\n')
+    follower = Follower(path)
+    follower.poll()
+    path.write_text('[\n{"n": 1},\n{"n": 2},\n{"n": 3},\n{"n": 4},\n')  # same file, longer than before
+    assert follower.poll() == [{"n": 1}, {"n": 2}, {"n": 3}, {"n": 4}]
+    assert follower.generation == 1

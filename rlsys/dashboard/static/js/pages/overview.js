@@ -61,8 +61,14 @@ export function create({ meaning, runs, run }) {
 function drawAlarms(box, now) {
   if (!now.alarms.length) { clear(box, h("p", { class: "calm" }, now.step ? "No alarm stands." : "No alarm stands; no step yet.")); return; }
   clear(box, ...now.alarms.map((alarm) => h("article", { class: `alarm ${alarm.severity === "critical" ? "critical" : ""}` },
-    h("h2", {}, String(alarm.message ?? alarm.name), h("small", {}, `${alarm.name} · since step ${alarm.step} · ${measured(alarm)}`)),
+    h("h2", {}, spoken(alarm.name), h("small", {}, `${alarm.severity === "critical" ? "critical · " : ""}raised at step ${alarm.step} · ${measured(alarm)}`)),
     h("dl", {}, h("dt", {}, "Likely cause"), h("dd", {}, String(alarm.cause ?? "–")), h("dt", {}, "What to change"), h("dd", {}, String(alarm.advice ?? "–"))))));
+}
+
+// `ess_low` as a person would say it.
+function spoken(name) {
+  const words = String(name).replaceAll("_", " ").replace(/\bess\b/i, "ESS").replace(/\bk3\b/i, "k3");
+  return words.charAt(0).toUpperCase() + words.slice(1);
 }
 
 const measured = (alarm) => alarm.value === null || alarm.value === undefined ? "no value"
@@ -101,7 +107,7 @@ function drawLedger(box, now, meaning) {
 
 function drawNotes(box, now) {
   const rows = [
-    ...now.history.map((a) => ({ time: a.time, text: `${a.state === "raised" ? "▲" : "▽"} ${a.message ?? a.name} (step ${a.step}, ${a.state})` })),
+    ...now.history.map((a) => ({ time: a.time, text: `${spoken(a.name)} ${a.state} at step ${a.step}: ${measured(a)}` })),
     ...now.notes.map((n) => ({ time: n.time, text: `${n.kind}: ${n.message}` })),
   ].sort((a, b) => b.time - a.time);
   clear(box, rows.length ? h("ul", {}, rows.map((row) => h("li", {}, h("time", {}, clock(row.time)), h("span", {}, row.text))))
