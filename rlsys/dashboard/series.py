@@ -71,15 +71,16 @@ class MetricStore:
             self._steps.append(step)
             self._times.append(at)
             for column in self._columns.values():
-                column.append(np.nan)
+                column.append(math.nan)
         self._touched.append(place)
         for name, value in row.items():
             number = _number(value)
-            if name in ("step", "time") or np.isnan(number):
+            if number != number or name in ("step", "time"):
                 continue
-            if name not in self._columns:
-                self._columns[name] = array("d", [np.nan]) * len(self._steps)
-            self._columns[name][place] = number
+            column = self._columns.get(name)
+            if column is None:
+                column = self._columns[name] = array("d", [math.nan]) * len(self._steps)
+            column[place] = number
 
     def table(self, names: Iterable[str], places: Sequence[int] | None = None) -> Table:
         """These metrics, of all rows or of those at `places`; a metric that is nowhere is a column of NaN."""
@@ -142,6 +143,6 @@ def numbers(values: Floats) -> list[float | None]:
 
 
 def _number(value: object) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return float("nan")
-    return float(value)
+    if type(value) is float:
+        return value
+    return float(value) if type(value) is int else math.nan

@@ -14,6 +14,7 @@ from rlsys.dashboard.guard import TOKEN_VARIABLE, choose_token
 from rlsys.errors import ConfigError
 
 LOOPBACK = "127.0.0.1"
+EVERY_ADDRESS = ("0.0.0.0", "::")
 PATIENCE_S = 10.0
 """Longest wait for the thread to end."""
 
@@ -32,7 +33,8 @@ class Served:
         self._server = _Server(settings, self._stopping)
         self._thread: threading.Thread | None = None
         bound = self._socket.getsockname()[1]
-        shown = f"[{host}]" if ":" in host else host
+        named = socket.gethostname() if host in EVERY_ADDRESS else host
+        shown = f"[{named}]" if ":" in named else named
         self.url = f"http://{shown}:{bound}/" + (f"?token={quote(token)}" if token else "")
 
     def run(self) -> None:

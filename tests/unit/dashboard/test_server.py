@@ -101,6 +101,7 @@ def test_off_loopback_the_address_carries_the_token(root: Path, monkeypatch: pyt
     served = Served([root], "0.0.0.0")
     served.stop()
     assert served.url.endswith("/?token=a-token-of-this-test-0123")
+    assert socket.gethostname() in served.url  # 0.0.0.0 is no address to call
 
 
 def test_the_page_refers_to_nothing_outside_and_has_no_code_in_it() -> None:

@@ -100,7 +100,7 @@ export class LineChart {
     const axis = { stroke: colour("faint"), font: FONT, grid: { stroke: colour("grid"), width: 1 }, ticks: { show: false } };
     const [low, high] = this.range;
     return {
-      width, height: this.height, padding: [8, 10, 0, 0],
+      width, height: this.height, padding: [8, 18, 0, 0],
       cursor: { sync: this.sync ? { key: this.sync } : undefined, points: { size: 6 }, y: false },
       legend: { show: false },
       scales: {
