@@ -14,22 +14,27 @@ from tests.made_run import make_run
 TOKEN = "a-token-of-this-test-0123"
 
 
-def client(tmp_path: Path, host: str, token: str | None, base_url: str | None = None) -> TestClient:
-    app = make_app([make_run(tmp_path / "run", 2)], host=host, token=token, stopping=threading.Event())
-    return TestClient(app, base_url=base_url or f"http://{host}:8000")
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_run(tmp_path_factory.mktemp("guard") / "run", 2)
+
+
+def client(root: Path, host: str, token: str | None) -> TestClient:
+    app = make_app([root], host=host, token=token, stopping=threading.Event())
+    return TestClient(app, base_url=f"http://{host}:8000")
 
 
 @pytest.mark.parametrize("path", ["/", "/api/runs", "/static/js/main.js", "/api/stream", "/nowhere"])
-def test_off_loopback_nothing_is_given_without_the_token(tmp_path: Path, path: str) -> None:
-    page = client(tmp_path, "192.0.2.7", TOKEN)
+def test_off_loopback_nothing_is_given_without_the_token(root: Path, path: str) -> None:
+    page = client(root, "192.0.2.7", TOKEN)
     assert page.get(path).status_code == 401
     assert page.get(path, params={"token": "another-token-0123456"}).status_code == 401
     assert page.get(path, headers={"authorization": "Bearer wrong"}).status_code == 401
     assert page.get(path, headers={"cookie": "rlsys=wrong; ="}).status_code == 401
 
 
-def test_the_token_once_in_the_address_becomes_a_cookie_that_scripts_cannot_read(tmp_path: Path) -> None:
-    page = client(tmp_path, "192.0.2.7", TOKEN)
+def test_the_token_once_in_the_address_becomes_a_cookie_that_scripts_cannot_read(root: Path) -> None:
+    page = client(root, "192.0.2.7", TOKEN)
     first = page.get("/", params={"token": TOKEN})
     assert first.status_code == 200
     assert "HttpOnly" in first.headers["set-cookie"]
@@ -37,26 +42,26 @@ def test_the_token_once_in_the_address_becomes_a_cookie_that_scripts_cannot_read
     assert page.get("/api/runs").status_code == 200  # by the cookie alone
 
 
-def test_programs_send_the_token_as_a_bearer(tmp_path: Path) -> None:
-    page = client(tmp_path, "192.0.2.7", TOKEN)
+def test_programs_send_the_token_as_a_bearer(root: Path) -> None:
+    page = client(root, "192.0.2.7", TOKEN)
     answer = page.get("/api/runs", headers={"authorization": f"Bearer {TOKEN}"})
     assert answer.status_code == 200
     assert "set-cookie" not in answer.headers
 
 
 @pytest.mark.parametrize("name", ["evil.example", "127.0.0.1.evil.example", "", "localhost.evil.example:80"])
-def test_on_loopback_another_sites_name_is_refused(tmp_path: Path, name: str) -> None:
-    page = client(tmp_path, "127.0.0.1", None)
+def test_on_loopback_another_sites_name_is_refused(root: Path, name: str) -> None:
+    page = client(root, "127.0.0.1", None)
     assert page.get("/api/runs", headers={"host": name}).status_code == 421
 
 
 @pytest.mark.parametrize("name", ["127.0.0.1:8000", "localhost", "LOCALHOST:99", "[::1]:8000"])
-def test_on_loopback_this_machines_names_need_no_token(tmp_path: Path, name: str) -> None:
-    assert client(tmp_path, "127.0.0.1", None).get("/api/runs", headers={"host": name}).status_code == 200
+def test_on_loopback_this_machines_names_need_no_token(root: Path, name: str) -> None:
+    assert client(root, "127.0.0.1", None).get("/api/runs", headers={"host": name}).status_code == 200
 
 
-def test_a_token_that_was_given_is_demanded_on_loopback_too(tmp_path: Path) -> None:
-    page = client(tmp_path, "127.0.0.1", TOKEN)
+def test_a_token_that_was_given_is_demanded_on_loopback_too(root: Path) -> None:
+    page = client(root, "127.0.0.1", TOKEN)
     assert page.get("/api/runs").status_code == 401
     assert page.get("/api/runs", params={"token": TOKEN}).status_code == 200
 
@@ -82,8 +87,8 @@ def test_loopback_is_recognized() -> None:
 
 
 @pytest.mark.parametrize("path", ["/", "/api/runs", "/static/css/base.css", "/nowhere"])
-def test_every_answer_forbids_foreign_and_inline_code(tmp_path: Path, path: str) -> None:
-    policy = client(tmp_path, "127.0.0.1", None).get(path).headers["content-security-policy"]
+def test_every_answer_forbids_foreign_and_inline_code(root: Path, path: str) -> None:
+    policy = client(root, "127.0.0.1", None).get(path).headers["content-security-policy"]
     assert "default-src 'none'" in policy
     assert "unsafe" not in policy
     assert "http" not in policy
@@ -104,10 +109,10 @@ def test_every_answer_forbids_foreign_and_inline_code(tmp_path: Path, path: str)
         "/api/runs/0/response?step=77&row=0",
     ],
 )
-def test_no_address_leads_out_of_the_static_files_and_the_given_runs(tmp_path: Path, path: str) -> None:
-    assert client(tmp_path, "127.0.0.1", None).get(path).status_code in (400, 404)
+def test_no_address_leads_out_of_the_static_files_and_the_given_runs(root: Path, path: str) -> None:
+    assert client(root, "127.0.0.1", None).get(path).status_code in (400, 404)
 
 
 @pytest.mark.parametrize("query", ["histogram?from=x", "timeline?from=nan", "timeline?to=x", "responses?sort=name"])
-def test_a_malformed_question_is_the_askers_mistake(tmp_path: Path, query: str) -> None:
-    assert client(tmp_path, "127.0.0.1", None).get(f"/api/runs/0/{query}").status_code == 400
+def test_a_malformed_question_is_the_askers_mistake(root: Path, query: str) -> None:
+    assert client(root, "127.0.0.1", None).get(f"/api/runs/0/{query}").status_code == 400
