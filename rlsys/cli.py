@@ -1,4 +1,4 @@
-"""The command line: `rlsys train | warmstart | eval | report | doctor | export | lab`."""
+"""The command line: `rlsys train | warmstart | eval | doctor | export`; other commands have files of their own."""
 
 import json
 import logging
@@ -13,6 +13,7 @@ from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from rlsys.cli_dashboard import dashboard
 from rlsys.cli_lab import app as lab
 from rlsys.cli_report import report
 from rlsys.config import RunConfig, load_config
@@ -26,6 +27,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 app.add_typer(lab, name="lab")
+app.command(epilog="Example: rlsys dashboard quickstart")(dashboard)
 app.command(epilog="Example: rlsys report runs/quickstart")(report)
 out = Console()
 err = Console(stderr=True)
@@ -68,7 +70,9 @@ def train(
     from rlsys.control.lifecycle import train as run
 
     with RunView(settings, quiet=as_json) as view:
-        result = run(settings, resume=resume, on_status=view.status, on_warmstart=view.warmstart)
+        result = run(
+            settings, resume=resume, on_status=view.status, on_warmstart=view.warmstart, on_dashboard=view.dashboard
+        )
     if as_json:
         _print_json(
             {
@@ -91,6 +95,7 @@ def train(
     for what, where in (
         ("reward and staleness", _shown(result.plot)),
         ("TensorBoard", f"tensorboard --logdir {root}/events"),
+        ("all of it, in a browser", f"scripts/run dashboard {root}"),
         ("the whole run, as a page", f"scripts/run report {root}"),
         ("every metric", f"{root}/metrics.jsonl"),
         ("every token", f"{root}/rollouts/"),
@@ -195,6 +200,10 @@ class RunView:
     def __exit__(self, *_: object) -> None:
         if not self._quiet:
             self._live.stop()
+
+    def dashboard(self, url: str) -> None:
+        """Where the dashboard answers; on standard error where standard output is for programs."""
+        (err if self._quiet else out).print(f"dashboard: {url}", markup=False, highlight=False, soft_wrap=True)
 
     def warmstart(self, step: int, steps: int, loss: float) -> None:
         """Progress of the supervised phase."""

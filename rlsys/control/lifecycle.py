@@ -2,7 +2,8 @@
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -48,11 +49,13 @@ def train(
     resume: bool = False,
     on_status: Callable[[Status], None] = lambda status: None,
     on_warmstart: Callable[[int, int, float], None] | None = None,
+    on_dashboard: Callable[[str], None] = lambda url: None,
 ) -> TrainResult:
     """Train to `learner.steps`; the same as `rlsys train`.
 
     `on_status` sees the run about twice a second; `on_warmstart` sees (step, steps, loss) of the supervised
-    phase of a tiny model. Ctrl-C finishes the current step, writes a checkpoint and returns.
+    phase of a tiny model; `on_dashboard` gets the address when `observability.dashboard` is set.
+    Ctrl-C finishes the current step, writes a checkpoint and returns.
     Raises `RlsysError`s: before anything starts for bad input, later for what stopped the run.
     """
     from rlsys.control.cluster import cluster
@@ -66,7 +69,7 @@ def train(
     if checkpoint is None:
         directory.create(dump_config(config))
     started = time.perf_counter()
-    with cluster(config):
+    with _dashboard(config, directory, on_dashboard), cluster(config):
         status = _run(config, path, checkpoint, on_status)
     from rlsys.observability.plots import plot_run
 
@@ -79,6 +82,22 @@ def train(
         seconds=time.perf_counter() - started,
         plot=plot_run(directory),
     )
+
+
+@contextmanager
+def _dashboard(config: RunConfig, directory: RunDirectory, on_dashboard: Callable[[str], None]) -> Iterator[None]:
+    """The dashboard beside the run, on loopback, for as long as the run lasts."""
+    if not config.observability.dashboard:
+        yield
+        return
+    from rlsys.dashboard import serve_in_thread
+
+    served = serve_in_thread(directory.root, config.observability.port)
+    try:
+        on_dashboard(served.url)
+        yield
+    finally:
+        served.stop()
 
 
 def initial_model(config: RunConfig, on_warmstart: Callable[[int, int, float], None] | None = None) -> str:
