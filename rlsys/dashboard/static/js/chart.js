@@ -2,10 +2,18 @@
 
 import { colour, h, hideTip, number, showTip, tick } from "./dom.js";
 
+const FLOOR = 1e-7; // below this a log scale shows only noise
+
 const charts = new Set();
 document.addEventListener("themechange", () => { for (const chart of charts) chart.rebuild(); });
 
-const decades = (u, splits) => splits.map((value) => (Math.abs(Math.log10(value) % 1) < 1e-9 ? value : null));
+// Powers of ten, and of those only so many as there is room for.
+function decades(u, splits) {
+  const powers = splits.map((value) => Math.round(Math.log10(value)));
+  const every = Math.max(1, Math.ceil((Math.max(...powers) - Math.min(...powers)) / 6));
+  return splits.map((value, i) => (Math.abs(Math.log10(value) - powers[i]) < 1e-9 && powers[i] % every === 0 ? value : null));
+}
+
 const FONT = '11.5px ui-sans-serif, system-ui, "DejaVu Sans", sans-serif';
 
 // series: [{ name, label, colour, dash, points, sparse, stepped, format }]; range: [low, high] with null for free.
@@ -40,8 +48,8 @@ export class LineChart {
   }
 
   set(x, columns) {
-    if (this.log) columns = columns.map((column) => column.map((value) => (value > 0 ? value : null)));
     this.raw = columns;
+    if (this.log) columns = columns.map((column) => column.map((value) => (value > 0 ? Math.max(value, FLOOR) : null)));
     this.data = [x, ...columns.map((column, i) => this.stacked(column, this.series[i].on))];
     const known = columns.some((column) => column.some((value) => value !== null));
     if (!this.u || !known) this.rebuild();

@@ -8,7 +8,7 @@ import { card, clear, colour, duration, empty, h, percent } from "../dom.js";
 const STATES = {
   generate: ["generating", "s0"], pause: ["paused for sync", "c4"], fetch: ["fetching weights", "c5", true],
   score: ["scoring", "s1"], reference: ["reference", "s2"], step: ["learner step", "c1"], publish: ["publishing", "c2"],
-  probe: ["probing", "s3"], evaluate: ["evaluating", "c6"],
+  probe: ["probing", "s3"], evaluate: ["evaluating", "c6"], write: ["recording", "s4"],
 };
 const known = (name) => STATES[name] ?? [name, "c6"];
 const FLEET = ["rollout", "reward"].flatMap((kind) => [["desired", "c6", true], ["ready", "c3"], ["restarts", "c4"]]
