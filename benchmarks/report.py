@@ -19,6 +19,8 @@ NOTES = {
     "learner_idle_fraction": "share of a step the learner waits for a batch",
     "pause_fraction": "share of time decoding stood still for weight syncs",
     "apply_over_memcpy": "swapping a version in ÷ copying its bytes",
+    "metrics_over_off": "step time with every metric and record, without the probe ÷ with none",
+    "probe_over_off": "step time with the default probe too ÷ with none",
     "verify_and_apply_over_memcpy": "verifying the checksum and swapping ÷ copying its bytes",
 }
 

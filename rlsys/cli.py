@@ -1,4 +1,4 @@
-"""The command line: `rlsys train | warmstart | eval | doctor | export`; `lab` and `dashboard` have their own files."""
+"""The command line: `rlsys train | warmstart | eval | report | dashboard | doctor | export | lab`."""
 
 import json
 import logging
@@ -15,6 +15,7 @@ from rich.table import Table
 
 from rlsys.cli_dashboard import dashboard
 from rlsys.cli_lab import app as lab
+from rlsys.cli_report import report
 from rlsys.config import RunConfig, load_config
 from rlsys.errors import RlsysError
 
@@ -26,6 +27,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 app.add_typer(lab, name="lab")
+app.command(epilog="Example: rlsys report runs/quickstart")(report)
 app.command(epilog="Example: rlsys dashboard quickstart")(dashboard)
 out = Console()
 err = Console(stderr=True)
@@ -93,7 +95,8 @@ def train(
     for what, where in (
         ("reward and staleness", _shown(result.plot)),
         ("TensorBoard", f"tensorboard --logdir {root}/events"),
-        ("all of it, in a browser", f"scripts/run dashboard {root}"),
+        ("the whole run, as a page", f"scripts/run report {root}"),
+        ("the same, as it goes on", f"scripts/run dashboard {root}"),
         ("every metric", f"{root}/metrics.jsonl"),
         ("every token", f"{root}/rollouts/"),
         ("check the policy", f"scripts/run eval {_shown(result.checkpoint)} {config}"),

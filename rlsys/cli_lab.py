@@ -1,4 +1,7 @@
-"""`rlsys lab study | claims | docs`: exact answers about objectives and corrections, from enumerable policies."""
+"""`rlsys lab study | claims | docs | gradient`: what objectives and corrections do to a gradient.
+
+The first three answer exactly, from enumerable policies; the last one measures on a run.
+"""
 
 import json
 import sys
@@ -16,11 +19,13 @@ from rich.table import Table
 from rlsys.errors import ConfigError
 
 if TYPE_CHECKING:
+    from rlsys.control.gradient import GradientReport
     from rlsys.lab.report import ClaimReport, Json
     from rlsys.lab.study import StudyResult, StudySettings
 
 app = typer.Typer(
-    help="Bias, variance and claims, measured on policies small enough to enumerate.", no_args_is_help=True
+    help="Bias, variance and claims, measured on policies small enough to enumerate; and a run's own gradients.",
+    no_args_is_help=True,
 )
 out = Console(highlight=False, soft_wrap=True)
 err = Console(stderr=True)
@@ -132,6 +137,74 @@ def docs(
         reports = _claims(tuple(CLAIMS), CLAIM_TASKS, directory / ASSETS, pictured_claims(directory))
         _write_claims(reports, directory / ASSETS)
     out.print(f"wrote {write_page(directory)}", markup=False)
+
+
+@app.command(epilog="Example: rlsys lab gradient runs/quickstart --prompts 32")
+def gradient(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run's directory.", show_default=False)],
+    step: Annotated[
+        int | None, typer.Option("--step", min=0, help="Only checkpoints/step-N, and the batch trained from it.")
+    ] = None,
+    prompts: Annotated[
+        int | None, typer.Option(min=1, help="Groups of each batch. Default: the run's audit.prompts.")
+    ] = None,
+    samples: Annotated[
+        int | None,
+        typer.Option(
+            min=2, help="Fresh responses a prompt, twice. Default: as many as the run sampled, as a fair floor needs."
+        ),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Stale, corrected gradients of a finished run against fresh on-policy ones; writes RUN/gradient.png.
+
+    For every checkpoint whose next batch was recorded. A cosine near its floor: noise hides what staleness cost, if
+    anything. Below it: a loss of direction. kept: how much of the on-policy gradient is in the stale one, noise
+    taken out.
+    """
+    from rlsys.control.gradient import audit_run
+
+    with _progress() as (progress, task):
+        report = audit_run(
+            run,
+            version=step,
+            prompts=prompts,
+            samples=samples,
+            on_step=lambda done, of: progress.update(task, completed=done / of, description="gradient"),
+        )
+    if as_json:
+        _print_json(_gradient_to_json(report))
+        return
+    table = Table(box=None, title="gradient of the batch against two fresh ones, at V", title_justify="left")
+    for name in ("V", "staleness", "groups", "cosine", "floor", "norm ratio", "kept"):
+        table.add_column(name, justify="right")
+    for one in report.steps:
+        r = one.result
+        values = (r.cosine, r.cosine_floor, r.norm_ratio, r.kept)
+        table.add_row(str(one.version), f"{one.staleness:.2f}", str(one.groups), *map(_three_digits, values))
+    out.print(table)
+    out.print(f"kept, all together: {_three_digits(report.kept)}; {report.samples} fresh samples a prompt, twice")
+    out.print(f"wrote {report.plot}", markup=False)
+
+
+def _gradient_to_json(report: "GradientReport") -> "Json":
+    rows: list[Json] = [
+        {
+            "version": one.version,
+            "staleness": one.staleness,
+            "groups": one.groups,
+            "cosine": one.result.cosine,
+            "cosine_floor": one.result.cosine_floor,
+            "norm_ratio": one.result.norm_ratio,
+            "kept": one.result.kept,
+        }
+        for one in report.steps
+    ]
+    return {"samples": report.samples, "steps": rows, "kept": report.kept, "plot": str(report.plot)}
+
+
+def _three_digits(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3f}"
 
 
 def _study(settings: "StudySettings") -> "StudyResult":

@@ -66,3 +66,9 @@ class CheckpointError(RlsysError, RuntimeError):
 
 class ClusterError(RlsysError, RuntimeError):
     """The Ray cluster is unreachable, too small for the run, or refused it."""
+
+
+def first_failure(failures: BaseExceptionGroup[BaseException]) -> BaseException:
+    """What went wrong first in a group of tasks: the others fell because it did."""
+    first = failures.exceptions[0]
+    return first_failure(first) if isinstance(first, BaseExceptionGroup) else first

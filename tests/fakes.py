@@ -20,7 +20,7 @@ from rlsys.errors import RewardError
 from rlsys.observability.alarms import Alarm
 from rlsys.observability.catalogue import CATALOGUE, definition
 from rlsys.observability.spans import Span
-from rlsys.records import GroupScore, GroupSummary, LearnerStep, Prompt, Rollout, RolloutGroup
+from rlsys.records import GroupScore, GroupSummary, LearnerStep, Prompt, Response, Rollout, RolloutGroup
 from rlsys.scheduling.ledger import Closed, Ledger
 from rlsys.versions import VersionSpan, WeightManifest
 from rlsys.weights.sync import WeightSync
@@ -264,6 +264,23 @@ class FakeProbe:
 
 
 @dataclass
+class FakeAudit:
+    """Remembers what it was asked for; `fail`: version of the ticket -> error."""
+
+    audit_s: float = 0.0
+    fail: Mapping[int, Exception] = field(default_factory=dict)
+    asked: list[tuple[int, list[int]]] = field(default_factory=list)
+
+    async def audit(self, batch: Sequence[FinishedGroup], ticket: WeightTicket) -> dict[str, float | None]:
+        version = ticket.manifest.version
+        self.asked.append((version, [group.summary.slot for group in batch]))
+        await asyncio.sleep(self.audit_s)
+        if version in self.fail:
+            raise self.fail[version]
+        return {"audit/cosine": 0.5, "audit/norm_ratio": 1.0, "audit/cosine_floor": 0.6}
+
+
+@dataclass
 class FakeJournal:
     """Refuses metrics without a definition, as the real one does."""
 
@@ -309,6 +326,11 @@ class FakePrompts:
         return {"epoch": 0, "index": self.index}
 
 
+def same_parity(prompt: Prompt, response: Response) -> float:
+    """A reward that an untrained model sometimes earns, and that needs the prompt's answer."""
+    return float(len(response.text) % 2 == len(prompt.answer) % 2)
+
+
 def make_config(directory: Path, *overrides: str) -> RunConfig:
     """Two prompts a step, two samples each, and nothing that starts by itself."""
     small = ("rollout.prompts_per_step=2", "rollout.samples_per_prompt=2", "learner.steps=6", "eval.every=0")
@@ -328,6 +350,7 @@ class Rig:
     prompts: FakePrompts = field(default_factory=FakePrompts)
     reference: FakeReference | None = None
     probe: FakeProbe | None = None
+    audit: FakeAudit = field(default_factory=FakeAudit)
     reopened: Sequence[Prompt] = ()
     eval_prompts: Sequence[Prompt] = ()
     first_id: int = 0
@@ -354,6 +377,7 @@ class Rig:
             recorder=self.recorder,
             journal=self.journal,
             probe=self.probe,
+            audit=self.audit if self.config.audit.every else None,
         )
         return TrainingLoop(
             self.config,

@@ -8,6 +8,7 @@ from typing import Any
 
 from ray.actor import ActorHandle
 
+from rlsys.actors.audit import AuditActor
 from rlsys.actors.learner import LearnerActor
 from rlsys.actors.probe import ProbeActor
 from rlsys.actors.recorder import RecorderActor
@@ -37,13 +38,14 @@ class Fleet:
     recorder: ActorHandle
     reference: ActorHandle | None = None
     probe: ActorHandle | None = None
+    audit: ActorHandle | None = None
 
     @property
     def roles(self) -> dict[str, ActorHandle]:
         """Every actor, by the name it has in the trace."""
         found = {"learner": self.learner, **self.rollouts}
         found |= {f"reward-{i}": handle for i, handle in enumerate(self.rewards)}
-        optional = {"reference": self.reference, "probe": self.probe}
+        optional = {"reference": self.reference, "probe": self.probe, "audit": self.audit}
         return found | {name: h for name, h in optional.items() if h is not None} | {"recorder": self.recorder}
 
     @property
@@ -73,6 +75,8 @@ def start_actors(config: RunConfig, path: str, resume: Path | None, version: int
         fleet.reference = ReferenceActor.options(num_cpus=0, num_gpus=resources.reference_gpus).remote(path, config)  # type: ignore[attr-defined]
     if config.probe.fraction:
         fleet.probe = ProbeActor.options(num_cpus=0, num_gpus=resources.reference_gpus).remote(path, config)  # type: ignore[attr-defined]
+    if config.audit.every:
+        fleet.audit = AuditActor.options(num_cpus=0).remote(path, config)  # type: ignore[attr-defined]
     return fleet
 
 
@@ -83,10 +87,7 @@ async def build(config: RunConfig, path: str, resume: Path | None) -> tuple[Trai
     fleet = start_actors(config, path, resume, version)
     prompts = await asyncio.to_thread(load_prompts, config, path)
     ready = [fleet.learner.version.remote(), *(worker.stats.remote() for worker in fleet.rollouts.values())]
-    if fleet.reference is not None:
-        ready.append(fleet.reference.ready.remote())
-    if fleet.probe is not None:
-        ready.append(fleet.probe.ready.remote())
+    ready += [handle.ready.remote() for handle in (fleet.reference, fleet.probe, fleet.audit) if handle is not None]
     await remote.all_ready(ready)
     for name, handle in fleet.rollouts.items():
         await remote.call(fleet.weights.add.remote(name, handle))
@@ -124,6 +125,7 @@ def connect(fleet: Fleet, prompts: PromptSource, journal: Journal) -> Parts:
         recorder=remote.RemoteRecorder(fleet.recorder),
         journal=journal,
         probe=remote.RemoteProbe(fleet.probe) if fleet.probe is not None else None,
+        audit=remote.RemoteAudit(fleet.audit) if fleet.audit is not None else None,
         roles={name: remote.RemoteRole(handle) for name, handle in fleet.roles.items()},
     )
 

@@ -8,11 +8,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from rlsys.config.schema import RunConfig
+from rlsys.control.auditing import Auditor
 from rlsys.control.ports import FinishedGroup, Parts, Payload, Update
 from rlsys.control.progress import Progress, StepClock, ask_fleet, ledger_metrics, sync_metrics
 from rlsys.observability.alarms import Alarm, Alarms
 from rlsys.scheduling.ledger import Ledger, Slot
 from rlsys.scheduling.routing import Router
+from rlsys.versions import PolicyVersion
+from rlsys.weights.transport import WeightTicket
 
 AHEAD = 8
 """Steps that may wait to be written down; then the learner waits, so that batches do not fill the memory."""
@@ -66,6 +69,8 @@ class History:
         self._ledger, self._router, self._progress = ledger, router, progress
         self._queue: asyncio.Queue[tuple[Batch, Update, dict[str, float | None]]] = asyncio.Queue(AHEAD)
         self._trained, self._rejected = Tally(), Tally()
+        self._auditor = Auditor(config.audit, parts.audit, parts.journal) if parts.audit is not None else None
+        self._audits: set[asyncio.Task[None]] = set()
         self._probing: asyncio.Task[dict[str, float | None]] | None = None
         self.clock = StepClock({})
         self.alarms = Alarms(config)
@@ -79,9 +84,17 @@ class History:
         (self._trained if update.step.applied else self._rejected).add(batch.groups)
         await self._queue.put((batch, update, self.clock.step(update.step)))
 
+    def published(self, ticket: WeightTicket) -> None:
+        """A version exists, before any batch is trained from it."""
+        if self._parts.probe is not None:
+            self._parts.probe.keep(ticket)
+        if self._auditor is not None:
+            self._auditor.published(ticket)
+
     async def written(self) -> None:
         """Wait until everything is."""
         await self._queue.join()
+        await asyncio.gather(*self._audits)
 
     async def run(self) -> None:
         """Until cancelled."""
@@ -94,8 +107,9 @@ class History:
                     await self._refused(batch, update)
                 self._queue.task_done()
         finally:
-            if self._probing is not None:
-                self._probing.cancel()
+            for task in (self._probing, *self._audits):
+                if task is not None:
+                    task.cancel()
 
     def announce(self, alarms: Sequence[Alarm]) -> None:
         """Put alarms where people look."""
@@ -124,6 +138,11 @@ class History:
         metrics["alarms/raised"] = float(len(self.alarms.standing))
         self._progress.metrics = metrics
         self._parts.journal.step(version, metrics)
+        if self._auditor is not None:
+            for audit in [audit for audit in self._audits if audit.done()]:
+                self._audits.remove(audit)
+                audit.result()  # nobody waited for it; what it failed of has to be known
+            self._audits.add(asyncio.create_task(self._audit(self._auditor, version, batch.groups)))
         every = self._config.records.rollouts_every
         if self._parts.recorder is not None and every and version % every == 0:
             await self._parts.recorder.write(f"step-{version:06d}", version, batch.groups, update.arrays)
@@ -147,6 +166,12 @@ class History:
         spare_s = max(0, AHEAD // 2 - self._queue.qsize()) * step_s
         await asyncio.wait({self._probing}, timeout=spare_s)
         return self._probing.result() if self._probing.done() else {}
+
+    async def _audit(self, auditor: Auditor, version: PolicyVersion, groups: Sequence[FinishedGroup]) -> None:
+        """A row of its own, as an evaluation's: it takes longer than a step, and nothing waits for it."""
+        metrics = await auditor.metrics(version, groups)
+        if metrics:
+            self._parts.journal.step(version, metrics)
 
     def _fleet_metrics(self) -> dict[str, float | None]:
         return {

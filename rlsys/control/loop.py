@@ -20,7 +20,7 @@ from rlsys.control.history import Batch, History
 from rlsys.control.ports import FinishedGroup, Parts, RolloutPort, Update, WorkerLost
 from rlsys.control.progress import Progress
 from rlsys.control.watch import collect_spans, watch
-from rlsys.errors import ClusterError, EngineError, PromptRefused, RewardError, StalenessViolation
+from rlsys.errors import ClusterError, EngineError, PromptRefused, RewardError, StalenessViolation, first_failure
 from rlsys.records import Prompt
 from rlsys.scheduling.ledger import End, Ledger, Slot
 from rlsys.scheduling.routing import Router, Worker, groups_per_worker
@@ -117,7 +117,7 @@ class TrainingLoop:
                 for task in self._spawned:
                     task.cancel()
         except* Exception as failures:
-            raise _first(failures) from None
+            raise first_failure(failures) from None
 
     # -- the four loops ---------------------------------------------------------------------------------------------
 
@@ -268,8 +268,7 @@ class TrainingLoop:
     async def _publish(self, ticket: WeightTicket) -> None:
         """Send a version out once the previous one is served; generation goes on meanwhile."""
         await self._settle_publication()
-        if self.parts.probe is not None:
-            self.parts.probe.keep(ticket)
+        self.history.published(ticket)
         self._publication = self._spawn(self.parts.weights.publish(ticket), "publish")
 
     async def _settle_publication(self) -> None:
@@ -352,9 +351,3 @@ class TrainingLoop:
         directory = self.config.path / "checkpoints" / f"step-{self.version:06d}"
         await self.parts.learner.save(directory, extra)
         self._saved_version = self.version
-
-
-def _first(failures: BaseExceptionGroup[BaseException]) -> BaseException:
-    """What went wrong first: the others fell because it did."""
-    first = failures.exceptions[0]
-    return _first(first) if isinstance(first, BaseExceptionGroup) else first

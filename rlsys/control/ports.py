@@ -134,6 +134,13 @@ class RolePort(Protocol):
         """Since the last call. Raises `WorkerLost` when it died."""
 
 
+class AuditPort(Protocol):
+    """Compares the gradient of a trained batch with on-policy ones."""
+
+    async def audit(self, batch: Sequence[FinishedGroup], ticket: WeightTicket) -> Mapping[str, float | None]:
+        """`audit/*` of these groups at the ticket's version, the one their batch was trained from."""
+
+
 class Prompts(Protocol):
     """An endless, resumable source of prompts."""
 
@@ -173,4 +180,5 @@ class Parts:
     recorder: RecorderPort | None
     journal: Journal
     probe: ProbePort | None = None
+    audit: AuditPort | None = None
     roles: Mapping[str, RolePort] = field(default_factory=dict)

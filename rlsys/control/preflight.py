@@ -1,4 +1,4 @@
-"""What can be checked before any actor starts: task, reward, model directory, prompt lengths, cluster."""
+"""What can be checked before any actor starts: trackers, task, reward, model directory, prompt lengths, cluster."""
 
 import json
 from collections.abc import Sequence
@@ -7,6 +7,7 @@ from pathlib import Path
 
 from rlsys.config.schema import RunConfig
 from rlsys.errors import ConfigError
+from rlsys.observability.trackers import require_trackers
 from rlsys.records import Prompt
 from rlsys.rewards import resolve_reward
 from rlsys.tasks import PromptSource, build_task, check_lengths, make_encoder, make_prompt
@@ -28,6 +29,7 @@ class Prompts:
 def check_config(config: RunConfig) -> list[str]:
     """Everything that can be known without a tokenizer. Raises ConfigError or DataError; returns remarks."""
     remarks: list[str] = []
+    require_trackers(config.observability.sinks)
     task = build_task(config.task, config.seed)
     resolve_reward(config.reward.function, task.score)
     if config.model.path is None:
@@ -39,6 +41,11 @@ def check_config(config: RunConfig) -> list[str]:
         if getattr(config.resources, f"{role}_gpus") > 0:
             remarks.append(f"resources.{role}_gpus > 0: this run needs a GPU; everything but that was checked")
             break
+    if config.audit.every and config.rollout.dtype != config.model.dtype:
+        remarks.append(
+            f"audit.every={config.audit.every}: gradients are audited at the weights as published, in "
+            f"rollout.dtype={config.rollout.dtype}; the learner's are {config.model.dtype}"
+        )
     return remarks
 
 

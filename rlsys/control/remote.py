@@ -288,6 +288,20 @@ class RemoteRecorder:
         await call(self._handle.write.remote(name, version, scores, arrays, places, *bundles))
 
 
+class RemoteAudit:
+    """The audit actor."""
+
+    def __init__(self, handle: ActorHandle) -> None:
+        self._handle = handle
+
+    async def audit(self, batch: Sequence[FinishedGroup], ticket: WeightTicket) -> Mapping[str, float | None]:
+        """See `AuditPort`."""
+        places, bundles = places_in([group.payload for group in batch])
+        scores = [group.score for group in batch]
+        metrics: dict[str, float | None] = await call(self._handle.audit.remote(ticket, scores, places, *bundles))
+        return metrics
+
+
 async def all_ready(references: Sequence[Any]) -> None:
     """Wait until every actor answered; the first failure is raised as itself."""
     await asyncio.gather(*(call(reference) for reference in references))

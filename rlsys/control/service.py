@@ -45,6 +45,8 @@ class ControllerActor:
         self._loop, _, journal = await build(self._config, self._path, self._resume)
         if self._stopping:
             self._loop.stop()
+        if self._config.observability.prometheus:
+            journal.event("metrics_endpoint", metrics_endpoint())
         try:
             self._phase = "training"
             await self._loop.run()
@@ -75,3 +77,10 @@ class ControllerActor:
         self._phase, self._stopping = "stopping", True
         if self._loop is not None:
             self._loop.stop()
+
+
+def metrics_endpoint() -> str:
+    """Where this node's metrics can be scraped, this process's gauges among them."""
+    here = ray.get_runtime_context().get_node_id()
+    (node,) = (node for node in ray.nodes() if node["NodeID"] == here)
+    return f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"

@@ -11,6 +11,8 @@ gradient     a mini-batch's gradient, micro-batch by micro-batch
 metrics      what a step says, by catalogue name
 learner      one batch in, one version on
 scorer       reference log-probabilities
+sampling     responses from the learner's own model
+audit        the stale, corrected gradient against fresh on-policy ones
 checkpoint   everything a learner is, written whole or not at all
 export       a checkpoint's model alone
 """

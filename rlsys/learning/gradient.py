@@ -6,6 +6,7 @@ their losses and gradients add up to the mini-batch's, however it is cut.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -16,11 +17,17 @@ from rlsys.algo.corrections import Correction
 from rlsys.config.schema import LearnerConfig
 from rlsys.learning.batch import FlatBatch
 from rlsys.learning.metrics import TokenResults
-from rlsys.learning.optimizer import Optimizer
 from rlsys.learning.packing import Packed, Packing, pack
 from rlsys.learning.policy import Policy
 from rlsys.learning.surrogate import Surrogate
 from rlsys.versions import PolicyVersion
+
+
+class Collector(Protocol):
+    """Where gradients add up: the `Optimizer`, or whoever only wants to look at them."""
+
+    def collect(self) -> None:
+        """Add the parameters' gradients of one backward pass to those before, and keep the sum."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,14 +94,14 @@ def score(policy: Policy, mini_batches: Sequence[MiniBatch], tokens: int, temper
 
 def accumulate(
     policy: Policy,
-    optimizer: Optimizer,
+    collector: Collector,
     surrogate: Surrogate,
     inputs: StepInputs,
     mini: MiniBatch,
     results: TokenResults,
     temperature: float,
 ) -> Tensor:
-    """Leave the mini-batch's gradient with the optimizer and what was seen in `results`. Returns the loss, scalar."""
+    """Leave the mini-batch's gradient with the collector and what was seen in `results`. Returns the loss, scalar."""
     total = torch.zeros((), device=policy.device)
     for packed in mini.packing.micro_batches:
         micro = packed.to(policy.device)
@@ -104,7 +111,7 @@ def accumulate(
         correction = surrogate.correction(tokens) if fixed is None else fixed.take(micro.token_index)
         loss = surrogate.loss(tokens, mini.totals, correction, inputs.kl_coef)
         torch.autograd.backward(loss.loss)
-        optimizer.collect()
+        collector.collect()
         total += loss.loss.detach()
         results.note(
             micro.token_index,

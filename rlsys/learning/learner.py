@@ -189,10 +189,7 @@ class Learner:
         return score(self.policy, minis, len(batch.response_index), self._temperature) if needed else None
 
     def _advantages(self, batch: FlatBatch, start: Tensor | None) -> AdvantageOutput:
-        """One advantage per response, [G], from rewards with the KL term where it is placed there.
-
-        `raft` trains on accepted responses, so its advantage is acceptance whatever is configured.
-        """
+        """One advantage per response, [G], from rewards with the KL term where it is placed there."""
         rewards = batch.rewards
         if self._kl.placement == "reward" and self._kl_coef > 0:
             assert start is not None
@@ -205,8 +202,7 @@ class Learner:
                 batch.responses,
                 self._kl_coef,
             )
-        name = "accepted" if self._objective.name == "raft" else self._advantage.name
-        return compute_advantages(name, rewards, batch.group_index)
+        return compute_advantages(advantage_name(self._objective, self._advantage), rewards, batch.group_index)
 
     def _train(
         self, batch: FlatBatch, minis: Sequence[MiniBatch], start: Tensor | None, advantages: Tensor, lr: float
@@ -252,6 +248,11 @@ class Learner:
         if self._kl_coef > 0 and kl is not None:
             self._kl_coef = next_kl_coef(self._kl, self._kl_coef, self._version, self._config.steps, kl, responses)
         return True
+
+
+def advantage_name(objective: ObjectiveConfig, advantage: AdvantageConfig) -> str:
+    """The estimator in use. `raft` trains on accepted responses: its advantage is acceptance, whatever is set."""
+    return "accepted" if objective.name == "raft" else advantage.name
 
 
 def next_kl_coef(

@@ -1,7 +1,7 @@
 """Every metric as a gauge of Ray's metrics endpoint, which Prometheus scrapes on each node.
 
 `importance/ess_token/by_staleness/2` becomes `rlsys_importance_ess_token_by_staleness{run="…", by_staleness="2"}`, to
-which Ray adds its own prefix `ray_`. A null metric keeps no stale value: its gauge says NaN.
+which Ray adds its own prefix `ray_`. A null metric is set to NaN, which Ray leaves out: no stale value is kept.
 """
 
 import math

@@ -56,6 +56,11 @@ class RunDirectory:
         return self.root / "checkpoints"
 
     @property
+    def trackers(self) -> Path:
+        """Files and identities of the trackers, where `observability.sinks` names any."""
+        return self.root / "trackers"
+
+    @property
     def plot(self) -> Path:
         """Reward and staleness over the steps."""
         return self.root / "summary.png"

@@ -1,4 +1,4 @@
-"""Where a run's numbers go: JSON lines, TensorBoard, and parquet for every token of a batch."""
+"""Where a run's numbers go: JSON lines, TensorBoard, and the trackers that were asked for."""
 
 import dataclasses
 import json
@@ -13,6 +13,7 @@ from rlsys.observability.prometheus import Prometheus
 from rlsys.observability.run_directory import RunDirectory
 from rlsys.observability.spans import Span
 from rlsys.observability.trace import TraceWriter
+from rlsys.observability.trackers import open_trackers
 
 
 class JsonLines:
@@ -65,6 +66,7 @@ class RunJournal:
         self._tensorboard = TensorBoard(directory.tensorboard) if config.records.tensorboard else None
         self._prometheus = Prometheus(config.name) if config.observability.prometheus else None
         self._trace = TraceWriter(directory.trace) if config.observability.trace else None
+        self._trackers = open_trackers(directory, config)
 
     def step(self, version: int, metrics: Mapping[str, float | None]) -> None:
         """One row of metrics.jsonl, and its scalars."""
@@ -74,6 +76,9 @@ class RunJournal:
         for sink in (self._tensorboard, self._prometheus):
             if sink is not None:
                 sink.write(version, metrics)
+        for tracker in self._trackers:
+            tracker.write(version, metrics)
+        self._note_trackers()
 
     def event(self, kind: str, message: str) -> None:
         """Something a person should read."""
@@ -97,7 +102,15 @@ class RunJournal:
         self._ledger.write(dataclasses.asdict(slot))
 
     def close(self) -> None:
-        """Close all files."""
+        """Close all files; the trackers first, which may have something to say."""
+        for tracker in self._trackers:
+            tracker.close()
+        self._note_trackers()
         for sink in (self._metrics, self._ledger, self._notes, self._tensorboard, self._trace):
             if sink is not None:
                 sink.close()
+
+    def _note_trackers(self) -> None:
+        for tracker in self._trackers:
+            if problem := tracker.new_problem():
+                self.event("tracker_failed", problem)

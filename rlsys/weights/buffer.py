@@ -1,5 +1,6 @@
 """The bytes of a version: written once by the learner, checked by everyone who serves them."""
 
+import warnings
 from collections.abc import Iterable
 
 import numpy as np
@@ -30,6 +31,28 @@ def verify(manifest: WeightManifest, buffer: Bytes) -> None:
     found = checksum(buffer)
     if found != manifest.checksum:
         raise ChecksumMismatch(f"version {manifest.version}: checksum {found} arrived, {manifest.checksum} was sent")
+
+
+def unpack(manifest: WeightManifest, buffer: Bytes, tensors: Iterable[tuple[str, Tensor]]) -> None:
+    """Copy a version's bytes over a model's named tensors, cast to their dtype: the inverse of `WeightPacker.pack`.
+
+    Raises `ChecksumMismatch` unless the bytes are what `manifest` describes, `WeightSyncError` when they are another
+    model's.
+    """
+    verify(manifest, buffer)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The given buffer is not writable")  # and is only read
+        flat = torch.frombuffer(buffer, dtype=torch.uint8)
+    slots = {slot.name: slot for slot in manifest.layout}
+    for name, tensor in tensors:
+        slot = slots.pop(name, None)
+        if slot is None or slot.shape != tuple(tensor.shape):
+            raise WeightSyncError(f"version {manifest.version} holds no parameter {name} {tuple(tensor.shape)}")
+        tensor.detach().copy_(slot.view(flat))
+    if slots:
+        raise WeightSyncError(
+            f"version {manifest.version} holds parameters of another model: {', '.join(sorted(slots)[:3])}"
+        )
 
 
 class WeightPacker:

@@ -2,6 +2,7 @@
 
 import json
 import math
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ BOUND = SMALL["staleness"]["max"]
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("training")
-    write_config(path, rollout={"workers": 2})
+    write_config(path, rollout={"workers": 2}, probe={"fraction": 1.0})
     return path
 
 
@@ -62,7 +63,8 @@ def test_a_run_leaves_no_process_and_no_shared_memory(outcome: Outcome) -> None:
 
 def test_the_directory_holds_every_file(run: Path) -> None:
     names = {path.name for path in run.iterdir()}
-    assert {"config.yaml", "metrics.jsonl", "ledger.jsonl", "rollouts", "events", "checkpoints", "summary.png"} <= names
+    files = {"config.yaml", "metrics.jsonl", "ledger.jsonl", "trace.json", "summary.png"}
+    assert files | {"rollouts", "events", "checkpoints"} <= names
     assert [p.name for p in sorted((run / "rollouts").iterdir())] == [
         f"step-{s:06d}.parquet" for s in range(1, STEPS + 1)
     ]
@@ -103,6 +105,51 @@ def test_no_trained_token_is_staler_than_the_bound(run: Path, recorded: list[dic
     assert min(ages) >= 0
     assert max(ages) <= BOUND
     assert max(ages) > 0, "nothing was asynchronous"
+
+
+def test_the_split_adds_up_to_the_log_ratio_of_the_recorded_tokens(run: Path, recorded: list[dict[str, Any]]) -> None:
+    """Every group is probed. The means over tokens add up, those of the engine by the share of their tokens."""
+    probed = 0
+    for row in steps(run):
+        if row.get("split/tokens") is None:
+            continue  # the probe was skipped: it would have held up the learner
+        probed += 1
+        batch = [r for r in recorded if r["step"] == row["step"]]
+        ratios = np.concatenate([np.subtract(r["policy_logprobs"], r["behavior_logprobs"]) for r in batch])
+        tokens, later = row["split/tokens"], row["split/later_tokens"]
+        assert tokens == len(ratios)
+        assert later == sum(sum(v != r["versions"][0] for v in r["versions"]) for r in batch)
+        engine = (row["split/engine/mean"] or 0) * (tokens - later)
+        engine += (row["split/engine_later_spans/mean"] or 0) * later
+        assert row["split/drift/mean"] + row["split/lag/mean"] + engine / tokens == pytest.approx(
+            ratios.mean(), abs=1e-5
+        )
+        assert row["split/engine/k3"] is None or row["split/engine/k3"] < 1e-5, "both sides are float32"
+        if row["staleness/max"] == 0:
+            assert row["split/lag/abs_mean"] == 0
+    assert probed > 0
+
+
+def test_the_trace_shows_every_role_at_work_and_the_version_each_worker_serves(run: Path) -> None:
+    events = json.loads((run / "trace.json").read_text())
+    names = {event["pid"]: event["args"]["name"] for event in events if event["name"] == "process_name"}
+    work = {(names[event["pid"]], event["name"]) for event in events if event["ph"] == "X"}
+    expected = {("learner", "step"), ("learner", "publish"), ("reference", "reference"), ("recorder", "write")}
+    expected |= {("probe", "probe"), ("controller", "evaluate")}
+    expected |= {(f"rollout-{i}", name) for i in range(2) for name in ("generate", "pause", "fetch")}
+    assert expected <= work
+    assert any(name == "score" for _, name in work)
+    learner = [event for event in events if event["ph"] == "X" and event["name"] == "step"]
+    assert [event["args"]["version"] for event in learner] == list(range(STEPS))
+    for role in ("rollout-0", "rollout-1"):
+        served = [e["args"]["version"] for e in events if e["name"] == "pause" and names[e["pid"]] == role]
+        assert served == sorted(set(served)), "versions only go up"
+    for pid in names:
+        for track in {event["tid"] for event in events if event["ph"] == "X" and event["pid"] == pid}:
+            own = sorted(
+                (e["ts"], e["ts"] + e["dur"]) for e in events if (e["ph"], e["pid"], e.get("tid")) == ("X", pid, track)
+            )
+            assert all(end <= start + 2 for (_, end), (start, _) in pairwise(own)), f"{names[pid]} overlaps itself"
 
 
 def test_held_out_accuracy_is_measured_before_during_and_after(run: Path) -> None:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from rlsys.errors import ChecksumMismatch, WeightSyncError
 from rlsys.versions import TensorSlot
-from rlsys.weights.buffer import WeightPacker, checksum, verify
+from rlsys.weights.buffer import WeightPacker, checksum, unpack, verify
 from rlsys.weights.layout import ALIGNMENT, fused_name, plan_layout
 
 ATTENTION = "model.layers.0.self_attn"
@@ -202,3 +202,38 @@ def test_the_checksum_belongs_to_the_parameters_alone() -> None:
     assert one.pack(tensors(0).items(), 3)[0].checksum == first == two.pack(tensors(0).items(), 9)[0].checksum
     assert two.pack(tensors(1).items(), 1)[0].checksum != first
     assert checksum(np.zeros(0, dtype=np.uint8)) == "2d06800538d394c2"  # XXH3-64 of nothing, by its specification
+
+
+# Unpacking
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_unpacking_restores_every_tensor_in_the_models_own_dtype(dtype: str) -> None:
+    sent = tensors(1)
+    manifest, buffer = packer(dtype).pack(sent.items(), 7)
+    buffer.setflags(write=False)
+    received = tensors(2)
+    unpack(manifest, buffer, received.items())
+    for name, tensor in received.items():
+        assert tensor.dtype == torch.float32
+        assert torch.equal(tensor, sent[name].to(getattr(torch, dtype)).float())
+
+
+def test_bytes_of_another_model_are_refused() -> None:
+    manifest, buffer = packer().pack(tensors(1).items(), 7)
+    with pytest.raises(WeightSyncError, match=r"version 7 holds no parameter model\.norm\.weight \(5,\)"):
+        unpack(manifest, buffer, {**tensors(), "model.norm.weight": torch.zeros(5)}.items())
+    with pytest.raises(WeightSyncError, match=r"version 7 holds no parameter other \(4,\)"):
+        unpack(manifest, buffer, {**tensors(), "other": torch.zeros(4)}.items())
+    fewer = {name: tensor for name, tensor in tensors().items() if name != "model.norm.weight"}
+    with pytest.raises(WeightSyncError, match=r"parameters of another model: model\.norm\.weight"):
+        unpack(manifest, buffer, fewer.items())
+
+
+def test_damaged_bytes_are_not_unpacked() -> None:
+    manifest, buffer = packer().pack(tensors(1).items(), 7)
+    buffer[3] ^= 1
+    before, received = tensors(2), tensors(2)
+    with pytest.raises(ChecksumMismatch):
+        unpack(manifest, buffer, received.items())
+    assert all(torch.equal(before[name], tensor) for name, tensor in received.items())

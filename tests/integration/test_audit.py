@@ -1,0 +1,83 @@
+"""A run that audits its gradients, and the same audit of the finished run's directory."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rlsys.observability.catalogue import definition
+from tests.integration.running import SMALL, Outcome, rlsys, steps, write_config
+
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(900)]
+
+NAMES = {"audit/cosine", "audit/norm_ratio", "audit/cosine_floor"}
+PROMPTS = 6
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("audit")
+    write_config(
+        path,
+        learner={"steps": 9},
+        audit={"every": 4, "prompts": PROMPTS},
+        checkpoint={"every": 3, "keep": 3},
+        eval={"every": 0, "max_prompts": 1},
+    )
+    return path
+
+
+@pytest.fixture(scope="module")
+def outcome(home: Path) -> Outcome:
+    outcome = rlsys(home, "train", "run.yaml")
+    assert outcome.code == 0, outcome.stderr
+    return outcome
+
+
+@pytest.fixture(scope="module")
+def rows(home: Path, outcome: Outcome) -> list[dict[str, Any]]:
+    return steps(home / "runs" / "run")
+
+
+def test_the_due_steps_and_no_others_have_an_audit(rows: list[dict[str, Any]]) -> None:
+    assert [row["step"] for row in rows] == list(range(1, 10))
+    for row in rows:
+        found = {name for name in row if name.startswith("audit/")}
+        assert found == (NAMES if row["step"] % 4 == 0 else set())
+    for name in NAMES:
+        assert definition(name).unit
+
+
+def test_the_numbers_are_cosines_and_a_ratio_and_the_batches_had_a_signal(rows: list[dict[str, Any]]) -> None:
+    for row in rows:
+        if row["step"] % 4 == 0:
+            assert -1 <= row["audit/cosine"] <= 1
+            assert -1 <= row["audit/cosine_floor"] <= 1
+            assert row["audit/norm_ratio"] > 0
+
+
+def test_the_audit_ends_with_its_run_and_disturbs_nothing(home: Path, outcome: Outcome) -> None:
+    assert any("AuditActor" in name for name in outcome.seen)
+    assert outcome.left == []
+    assert outcome.stderr == ""
+    events = home / "runs" / "run" / "events.jsonl"
+    assert "audit_failed" not in (events.read_text() if events.exists() else "")
+
+
+def test_the_finished_run_is_audited_at_every_checkpoint_with_a_next_batch(home: Path, outcome: Outcome) -> None:
+    printed = rlsys(home, "lab", "gradient", "runs/run", "--json")
+    assert printed.code == 0, printed.stderr
+    report = json.loads(printed.stdout)
+    assert [row["version"] for row in report["steps"]] == [3, 6], "the last checkpoint has no next batch"
+    assert report["samples"] == SMALL["rollout"]["samples_per_prompt"]
+    for row in report["steps"]:
+        assert row["groups"] == PROMPTS
+        assert 0 <= row["staleness"] <= SMALL["staleness"]["max"]
+        assert -1 <= row["cosine"] <= 1
+    assert Path(home, report["plot"]).read_bytes().startswith(b"\x89PNG")
+    text = rlsys(home, "lab", "gradient", "runs/run", "--step", "6", "--prompts", "2", "--samples", "3")
+    assert text.code == 0, text.stderr
+    (row,) = [line.split() for line in text.stdout.splitlines() if line.split()[:1] == ["6"]]
+    assert row[2] == "2"
+    assert "3 fresh samples a prompt" in text.stdout
