@@ -107,7 +107,7 @@ export function create({ run, runs, meaning }) {
 const idle = (states, share) => Math.max(0, 1 - Object.entries(states).filter(([name]) => !known(name)[2]).reduce((sum, [, state]) => sum + share(state), 0));
 
 function totals(lane) {
-  const parts = Object.entries(lane.states).filter(([, state]) => state.total >= 0.0005).map(([name, state]) => `${known(name)[0]} ${percent(state.total)}`);
+  const parts = Object.entries(lane.states).filter(([, state]) => state.total >= 0.0005).sort((a, b) => b[1].total - a[1].total).map(([name, state]) => `${known(name)[0]} ${percent(state.total)}`);
   return [...parts, `idle ${percent(idle(lane.states, (state) => state.total))}`].join(" · ");
 }
 
