@@ -1,4 +1,4 @@
-"""The command line: `rlsys train | warmstart | eval | doctor | export`; other commands have files of their own."""
+"""The command line: `rlsys train | warmstart | eval | report | dashboard | doctor | export | lab`."""
 
 import json
 import logging
@@ -27,8 +27,8 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 app.add_typer(lab, name="lab")
-app.command(epilog="Example: rlsys dashboard quickstart")(dashboard)
 app.command(epilog="Example: rlsys report runs/quickstart")(report)
+app.command(epilog="Example: rlsys dashboard quickstart")(dashboard)
 out = Console()
 err = Console(stderr=True)
 
@@ -95,8 +95,8 @@ def train(
     for what, where in (
         ("reward and staleness", _shown(result.plot)),
         ("TensorBoard", f"tensorboard --logdir {root}/events"),
-        ("all of it, in a browser", f"scripts/run dashboard {root}"),
         ("the whole run, as a page", f"scripts/run report {root}"),
+        ("the same, as it goes on", f"scripts/run dashboard {root}"),
         ("every metric", f"{root}/metrics.jsonl"),
         ("every token", f"{root}/rollouts/"),
         ("check the policy", f"scripts/run eval {_shown(result.checkpoint)} {config}"),

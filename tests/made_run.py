@@ -197,8 +197,8 @@ def events(step: int) -> Iterator[dict[str, Any]]:
         yield span(worker, "generate", step, 0.3, tokens=6)
         yield span(worker, "pause", step, 0.05, 0.35, version=max(0, step - 1 - worker))
     yield span(2, "score", step, 0.1, 0.3)
-    yield span(3, "step", step, 0.2, 0.2, version=step)
-    yield span(3, "publish", step, 0.05, 0.4)
+    yield span(3, "step", step, 0.2, 0.2, version=step - 1)
+    yield span(3, "publish", step, 0.05, 0.4, version=step)
 
 
 def append(path: Path, row: dict[str, Any]) -> None:

@@ -144,6 +144,7 @@ class Run:
         return {
             "rollouts_every": config.records.rollouts_every,
             "probe_fraction": config.probe.fraction,
+            "audit_every": config.audit.every,
             "trace": config.observability.trace,
             "objective": config.objective.name,
             "correction": config.objective.correction.name,

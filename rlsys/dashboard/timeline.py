@@ -73,11 +73,12 @@ class Timeline:
         self._first, self._last = min(self._first, begin), max(self._last, end)
         self._spans.setdefault((pid, name), Spans()).add(begin, end)
         version = args.get("version")
-        if name in ("pause", "step") and isinstance(version, int):
+        if name in ("pause", "publish") and isinstance(version, int):
+            # A worker serves a version when its pause is over; the learner has it before it publishes it.
             times, versions = self._versions.setdefault(pid, (array("d"), array("d")))
-            times.append(end)
+            times.append(end if name == "pause" else begin)
             versions.append(version)
-            if name == "step":
+            if name == "publish":
                 self._learner.add(pid)
 
     def window(self, start: float | None, stop: float | None, bins: int = BINS) -> dict[str, Any]:

@@ -2,10 +2,24 @@
 
 import { colour, h, hideTip, number, showTip, tick } from "./dom.js";
 
+const FLOOR = 1e-7; // below this a log scale shows only noise
+
 const charts = new Set();
 document.addEventListener("themechange", () => { for (const chart of charts) chart.rebuild(); });
 
-const decades = (u, splits) => splits.map((value) => (Math.abs(Math.log10(value) % 1) < 1e-9 ? value : null));
+// A value without neighbours is no line: it is drawn as a point.
+function alone(u, i) {
+  const column = u.data[i], none = (place) => column[place] === null || column[place] === undefined;
+  return column.flatMap((value, place) => (value !== null && none(place - 1) && none(place + 1) ? [place] : []));
+}
+
+// Powers of ten, and of those only so many as there is room for.
+function decades(u, splits) {
+  const powers = splits.map((value) => Math.round(Math.log10(value)));
+  const every = Math.max(1, Math.ceil((Math.max(...powers) - Math.min(...powers)) / 6));
+  return splits.map((value, i) => (Math.abs(Math.log10(value) - powers[i]) < 1e-9 && powers[i] % every === 0 ? value : null));
+}
+
 const FONT = '11.5px ui-sans-serif, system-ui, "DejaVu Sans", sans-serif';
 
 // series: [{ name, label, colour, dash, points, sparse, stepped, format }]; range: [low, high] with null for free.
@@ -40,8 +54,8 @@ export class LineChart {
   }
 
   set(x, columns) {
-    if (this.log) columns = columns.map((column) => column.map((value) => (value > 0 ? value : null)));
     this.raw = columns;
+    if (this.log) columns = columns.map((column) => column.map((value) => (value > 0 ? Math.max(value, FLOOR) : null)));
     this.data = [x, ...columns.map((column, i) => this.stacked(column, this.series[i].on))];
     const known = columns.some((column) => column.some((value) => value !== null));
     if (!this.u || !known) this.rebuild();
@@ -115,8 +129,8 @@ export class LineChart {
         { ...axis, size: 48, gap: 4, space: 34, values: (u, ticks) => ticks.map(tick), ...(this.log ? { filter: decades, grid: { ...axis.grid, filter: decades } } : {}) },
       ],
       series: [{}, ...this.series.map((one, i) => ({
-        label: one.label, stroke: colour(one.colour), width: one.width ?? 1.7, show: !this.hidden.has(i), spanGaps: true,
-        dash: one.dash ? [5, 5] : undefined, fill: one.fill ? `${colour(one.colour)}59` : undefined, points: { show: Boolean(one.points) || this.data[0].length < 3, size: 6, fill: colour(one.colour) },
+        label: one.label, stroke: colour(one.colour), width: one.width ?? 1.7, show: !this.hidden.has(i), spanGaps: Boolean(one.sparse),
+        dash: one.dash ? [5, 5] : undefined, fill: one.fill ? `${colour(one.colour)}59` : undefined, points: { show: true, size: one.points ? 6 : 4, fill: colour(one.colour), ...(one.points ? {} : { filter: alone }) },
         paths: one.stepped ? uPlot.paths.stepped({ align: 1 }) : undefined,
       }))],
       bands: this.series.flatMap((one, i) => (one.on === undefined ? [] : [{ series: [i + 1, one.on + 1], fill: `${colour(one.colour)}59` }])),

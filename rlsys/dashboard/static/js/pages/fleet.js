@@ -8,7 +8,7 @@ import { card, clear, colour, duration, empty, h, percent } from "../dom.js";
 const STATES = {
   generate: ["generating", "s0"], pause: ["paused for sync", "c4"], fetch: ["fetching weights", "c5", true],
   score: ["scoring", "s1"], reference: ["reference", "s2"], step: ["learner step", "c1"], publish: ["publishing", "c2"],
-  probe: ["probing", "s3"], evaluate: ["evaluating", "c6"],
+  probe: ["probing", "s3"], evaluate: ["evaluating", "c6"], write: ["recording", "s4"],
 };
 const known = (name) => STATES[name] ?? [name, "c6"];
 const FLEET = ["rollout", "reward"].flatMap((kind) => [["desired", "c6", true], ["ready", "c3"], ["restarts", "c4"]]
@@ -107,7 +107,7 @@ export function create({ run, runs, meaning }) {
 const idle = (states, share) => Math.max(0, 1 - Object.entries(states).filter(([name]) => !known(name)[2]).reduce((sum, [, state]) => sum + share(state), 0));
 
 function totals(lane) {
-  const parts = Object.entries(lane.states).filter(([, state]) => state.total >= 0.0005).map(([name, state]) => `${known(name)[0]} ${percent(state.total)}`);
+  const parts = Object.entries(lane.states).filter(([, state]) => state.total >= 0.0005).sort((a, b) => b[1].total - a[1].total).map(([name, state]) => `${known(name)[0]} ${percent(state.total)}`);
   return [...parts, `idle ${percent(idle(lane.states, (state) => state.total))}`].join(" · ");
 }
 

@@ -26,6 +26,12 @@ export function create({ run, runs, meaning }) {
     make("Log-ratio over steps", "nats", [null, null], [
       { name: "importance/log_ratio_p99", label: "99%", colour: "s4" }, { name: "importance/log_ratio_p50", label: "median", colour: "c1" }, { name: "importance/log_ratio_p01", label: "1%", colour: "s0" }]),
   ];
+  const audit = make("Corrected gradient against a fresh one", "cosine; the floor is what sampling noise alone leaves", [null, 1], [
+    { name: "audit/cosine", label: "cosine", colour: "c1", points: true, sparse: true }, { name: "audit/cosine_floor", label: "floor", colour: "c6", points: true, sparse: true },
+    { name: "audit/norm_ratio", label: "norm ratio", colour: "c2", points: true, sparse: true }],
+    "No gradient has been audited yet.");
+  audit.element.classList.add("wide");
+  if (runs[run].settings.audit_every) charts.push(audit); else audit.destroy();
   const split = splitChart(meaning, runs[run].settings);
   const picture = histogramCard(run, runs);
   let seen = -1;
@@ -48,7 +54,7 @@ function splitChart(meaning, settings) {
   const draw = () => {
     chart?.destroy();
     chart = new LineChart({ title: "Where the log-ratio comes from", note: "nats, over probed tokens", range: [kind === "mean" ? null : 0, null], sync: "importance", height: HEIGHT - 12,
-      meaning: (one) => meaning(one.name), series: PARTS.map(([part, label, tone]) => ({ name: `split/${part}/${kind}`, label, colour: tone, sparse: true })) });
+      meaning: (one) => meaning(one.name), series: PARTS.map(([part, label, tone]) => ({ name: `split/${part}/${kind}`, label, colour: tone, points: true })) });
     chart.nothing = settings.probe_fraction === 0 ? "This run probes nothing: probe.fraction=0." : "No token has been probed yet.";
     chart.element.querySelector("header").append(h("span", { class: "right" }, buttons("Measure", SPLITS, kind, (chosen) => { kind = chosen; draw(); })));
     clear(place, chart.element);

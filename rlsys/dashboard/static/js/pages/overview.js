@@ -37,7 +37,7 @@ export function create({ meaning, runs, run }) {
   const charts = CHARTS.map((options) => new LineChart({ ...options, sync: "overview", meaning: (one) => meaning(one.name) }));
   const alarms = h("div", { class: "alarms", "aria-live": "polite" });
   const tiles = h("section", { class: "card tiles", "aria-label": "Newest values" });
-  const ledger = card("Prompts", "groups by where they are, and how they ended");
+  const ledger = card("Prompts", "groups as of the newest step, and how they ended");
   const history = card("Notes", "alarms and events, newest first");
   const flow = ledger.appendChild(h("div", {})), list = history.appendChild(h("div", { class: "history", tabindex: 0, role: "region", "aria-label": "Notes" }));
   const element = h("div", {}, alarms, tiles, h("div", { class: "grid" }, charts.map((c) => c.element), h("div", { class: "stack" }, ledger, history)));

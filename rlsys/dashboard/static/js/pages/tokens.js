@@ -114,7 +114,7 @@ export function create({ run, runs }) {
       h("table", {}, h("tbody", {}, logs)),
       h("table", {}, h("tbody", {}, row("token", `${JSON.stringify(shown.texts[i])}, id ${shown.ids[i]}, place ${i + 1} of ${shown.ids.length}`),
         row("log-ratio", shown.log_ratio[i] === null ? "–" : `${signed(shown.log_ratio[i])}  (ratio ${number(Math.exp(shown.log_ratio[i]))})`),
-        row("version, age", `${shown.versions[i]}, ${shown.ages[i]} behind the step`), row("state", state))));
+        row("version, age", `${shown.versions[i]}, ${shown.ages[i]} behind the learner`), row("state", state))));
   }
 
   const signed = (value) => (value < 0 ? `−${Math.abs(value).toFixed(4)}` : value.toFixed(4));
