@@ -65,10 +65,24 @@ def test_the_audit_ends_with_its_run_and_disturbs_nothing(home: Path, outcome: O
     assert "audit_failed" not in (events.read_text() if events.exists() else "")
 
 
-def test_the_finished_run_is_audited_at_every_checkpoint_with_a_next_batch(home: Path, outcome: Outcome) -> None:
+@pytest.fixture(scope="module")
+def report(home: Path, outcome: Outcome) -> dict[str, Any]:
+    """What `rlsys lab gradient` says of the finished run."""
     printed = rlsys(home, "lab", "gradient", "runs/run", "--json")
     assert printed.code == 0, printed.stderr
-    report = json.loads(printed.stdout)
+    found: dict[str, Any] = json.loads(printed.stdout)
+    return found
+
+
+def test_the_audit_in_the_run_and_that_of_its_files_agree(rows: list[dict[str, Any]], report: dict[str, Any]) -> None:
+    """Step 4 was trained from version 3, which was kept: the published weights are the checkpoint's."""
+    row, step = rows[3], report["steps"][0]
+    assert (row["step"], step["version"]) == (4, 3)
+    for name in NAMES:
+        assert row[name] == pytest.approx(step[name.removeprefix("audit/")], rel=1e-3, abs=1e-4)
+
+
+def test_the_finished_run_is_audited_at_every_checkpoint_with_a_next_batch(home: Path, report: dict[str, Any]) -> None:
     assert [row["version"] for row in report["steps"]] == [3, 6], "the last checkpoint has no next batch"
     assert report["samples"] == SMALL["rollout"]["samples_per_prompt"]
     for row in report["steps"]:
