@@ -152,7 +152,7 @@ def labels(paths: Sequence[Path]) -> list[str]:
 
 
 def _alarms(events: Sequence[Row]) -> list[Alarm]:
-    """Raised alarms in order, each with the step at which it was cleared; a resumed run may raise a standing one again."""
+    """Raised alarms in order, with the step that cleared them. A resumed run may raise again what stands."""
     found: list[dict[str, Any]] = []
     for event in events:
         if event.get("kind") != "alarm":
