@@ -77,10 +77,9 @@ class MetricStore:
             number = _number(value)
             if number != number or name in ("step", "time"):
                 continue
-            column = self._columns.get(name)
-            if column is None:
-                column = self._columns[name] = array("d", [math.nan]) * len(self._steps)
-            column[place] = number
+            if name not in self._columns:
+                self._columns[name] = array("d", [math.nan]) * len(self._steps)
+            self._columns[name][place] = number
 
     def table(self, names: Iterable[str], places: Sequence[int] | None = None) -> Table:
         """These metrics, of all rows or of those at `places`; a metric that is nowhere is a column of NaN."""
