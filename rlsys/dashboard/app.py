@@ -2,7 +2,8 @@
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -132,9 +133,9 @@ class Pages:
             raise HTTPException(404, "there is no such run")
         watched = [Watched(self._runs[n], n, _names(request), mark) for n, mark in _paired(numbers, after)]
         headers = {"cache-control": "no-store", "x-accel-buffering": "no"}
-        return StreamingResponse(self._events(request, watched), media_type="text/event-stream", headers=headers)
+        return StreamingResponse(self._events(watched), media_type="text/event-stream", headers=headers)
 
-    async def _events(self, request: Request, watched: Sequence["Watched"]) -> AsyncIterator[str]:
+    async def _events(self, watched: Sequence["Watched"]) -> AsyncIterator[str]:
         yield "retry: 2000\n\n"
         quiet = 0
         while not self._stopping.is_set():
@@ -183,18 +184,13 @@ class Watched:
         return messages
 
 
-class _recorded:
+@contextmanager
+def _recorded(*place: int) -> Iterator[None]:
     """Turns what is not recorded into a 404."""
-
-    def __init__(self, *place: int) -> None:
-        self._place = place
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, KeyError | IndexError):
-            raise HTTPException(404, f"not recorded: {' '.join(map(str, self._place))}") from error
+    try:
+        yield
+    except (KeyError, IndexError) as error:
+        raise HTTPException(404, f"not recorded: {' '.join(map(str, place))}") from error
 
 
 def make_app(directories: Sequence[Path], *, host: str, token: str | None, stopping: threading.Event) -> Starlette:

@@ -17,7 +17,10 @@ from rlsys.errors import ConfigError
 from rlsys.observability.run_directory import RunDirectory
 
 QUIET_S = 60.0
-"""A run that has not ended and wrote nothing for this long is called stale."""
+QUIET_STEPS = 5
+"""A run that has not ended is called stale when it wrote nothing for this long, and for as long as so many steps."""
+STARTING_S = 900.0
+"""The same before its first row: a model is made, a cluster started, an engine loaded."""
 
 OPEN_STATES = ("waiting", "in_flight", "finished", "learning")
 HEADLINES = (
@@ -120,7 +123,7 @@ class Run:
                 "step": step,
                 "steps": steps,
                 "started": span[0] if span else None,
-                "elapsed": (now if phase == "running" else span[1]) - span[0] if span else None,
+                "elapsed": (now if phase in ("starting", "running") else span[1]) - span[0] if span else None,
                 "written": written,
                 "now": now,
                 "generation": self.generation,
@@ -172,15 +175,17 @@ class Run:
         return max((t for t in times if t is not None), default=None)
 
     def _phase(self, written: float | None, now: float, step: int, steps: int | None) -> str:
-        """running, finished, or stale: neither ended nor written to for a while."""
+        """starting, running, finished, or stale: neither ended nor written to for a while."""
         metrics, picture = _mtime(self.directory.metrics), _mtime(self.directory.plot)
         drawn = picture is not None and metrics is not None and picture >= metrics
         saved = steps is not None and step >= steps and any(self.directory.checkpoints.glob(f"step-{step:06d}"))
         if drawn or saved:
             return "finished"
-        if written is not None and now - written < QUIET_S:
-            return "running"
-        return "stale"
+        starting = not len(self.metrics)
+        patience = max(QUIET_S, QUIET_STEPS * (self.metrics.latest("throughput/step_s") or 0.0))
+        if written is None or now - written > (STARTING_S if starting else patience):
+            return "stale"
+        return "starting" if starting else "running"
 
 
 def alarm_rows(notes: Sequence[Row]) -> list[dict[str, Any]]:

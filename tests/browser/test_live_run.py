@@ -1,6 +1,7 @@
 """A run of the command line is watched from before its first step until after its last."""
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -61,10 +62,10 @@ def test_a_run_grows_before_ones_eyes_and_stays_when_it_has_ended(
 ) -> None:
     page = open_page(url)
     page.set_default_timeout(600_000)
-    expect(page.locator("#phase")).to_have_text("running")
+    expect(page.locator("#phase")).to_have_text(re.compile("starting|running"))
     watch_steps(page)
     beside = train.stderr.split("dashboard: ")[1].split()[0]
-    assert httpx.get(f"{beside}api/runs").json()[0]["name"] == "run"
+    assert httpx.get(f"{beside}api/runs", timeout=60).json()[0]["name"] == "run"
 
     expect(page.locator("#phase")).to_have_text("finished", timeout=600_000)
     expect(page.locator("#step-count")).to_have_text(f"step {STEPS} of {STEPS}")

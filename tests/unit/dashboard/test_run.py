@@ -8,7 +8,7 @@ import pytest
 
 from rlsys.dashboard.run import Run, as_json, find_run, standing
 from rlsys.errors import ConfigError
-from tests.made_run import STARTED, add_step, make_run, raise_alarm
+from tests.made_run import STARTED, add_step, append, make_run, raise_alarm
 
 
 def opened(path: Path) -> Run:
@@ -34,6 +34,23 @@ def test_a_run_that_is_written_to_is_running_and_one_left_alone_is_stale(tmp_pat
     for path in [*(tmp_path / "run").rglob("*"), tmp_path / "run"]:
         os.utime(path, (long_ago, long_ago))
     assert run.summary()["phase"] == "stale"
+
+
+def test_a_run_of_slow_steps_is_given_the_time_of_a_few(tmp_path: Path) -> None:
+    root = make_run(tmp_path / "run", 3, planned=9)
+    append(root / "metrics.jsonl", {"step": 4, "time": STARTED + 9, "reward/mean": 0.5, "throughput/step_s": 600.0})
+    run = opened(root)
+    for minutes, phase in ((40, "running"), (60, "stale")):
+        then = time.time() - 60 * minutes
+        for path in [*root.rglob("*"), root]:
+            os.utime(path, (then, then))
+        assert run.summary()["phase"] == phase
+
+
+def test_a_run_that_has_reported_nothing_is_starting(tmp_path: Path) -> None:
+    root = make_run(tmp_path / "run", 0, planned=9, trace=False)
+    (root / "metrics.jsonl").unlink()
+    assert opened(root).summary()["phase"] == "starting"
 
 
 def test_steps_that_come_later_are_seen_without_opening_the_run_again(tmp_path: Path) -> None:

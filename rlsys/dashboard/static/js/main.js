@@ -50,8 +50,8 @@ function drawName() {
 }
 
 const PHASE_TIPS = {
-  running: "Its files are growing.", finished: "It has written its last checkpoint.",
-  stale: "It has not ended, and wrote nothing for a minute.",
+  starting: "It has reported nothing yet.", running: "Its files are growing.", finished: "It has written its last checkpoint.",
+  stale: "It has not ended, and has written nothing for a while.",
 };
 
 function drawHeader() {
