@@ -50,11 +50,15 @@ def test_the_due_steps_and_no_others_have_an_audit(home: Path, audits: list[dict
         assert definition(name).unit
 
 
-def test_the_numbers_are_cosines_and_a_ratio_and_the_batches_had_a_signal(audits: list[dict[str, Any]]) -> None:
+def is_audit(cosine: float | None, floor: float | None, norm_ratio: float | None) -> bool:
+    """So few groups may all be without a signal: then there is no cosine."""
+    cosines = all(value is None or -1 <= value <= 1 for value in (cosine, floor))
+    return cosines and (norm_ratio is None or norm_ratio >= 0)
+
+
+def test_the_numbers_are_cosines_and_a_ratio_or_unknown(audits: list[dict[str, Any]]) -> None:
     for row in audits:
-        assert -1 <= row["audit/cosine"] <= 1
-        assert -1 <= row["audit/cosine_floor"] <= 1
-        assert row["audit/norm_ratio"] > 0
+        assert is_audit(row["audit/cosine"], row["audit/cosine_floor"], row["audit/norm_ratio"])
 
 
 def test_the_audit_ends_with_its_run_and_disturbs_nothing(home: Path, outcome: Outcome) -> None:
@@ -88,7 +92,7 @@ def test_the_finished_run_is_audited_at_every_checkpoint_with_a_next_batch(home:
     for row in report["steps"]:
         assert row["groups"] == PROMPTS
         assert 0 <= row["staleness"] <= SMALL["staleness"]["max"]
-        assert -1 <= row["cosine"] <= 1
+        assert is_audit(row["cosine"], row["cosine_floor"], row["norm_ratio"])
     assert Path(home, report["plot"]).read_bytes().startswith(b"\x89PNG")
     text = rlsys(home, "lab", "gradient", "runs/run", "--step", "6", "--prompts", "2", "--samples", "3")
     assert text.code == 0, text.stderr
