@@ -67,13 +67,13 @@ def audit_run(
     directory = RunDirectory(root)
     config = load_config(directory.config)
     pairs = _pairs(directory, config, version)
-    reward = _reward(config)
+    reward, source = _reward(config), _source(config, pairs[0][1])
     prompts = config.audit.prompts if prompts is None else prompts
     samples = config.rollout.samples_per_prompt if samples is None else samples
     steps = []
     for done, (at, checkpoint, recorded) in enumerate(pairs):
         on_step(done, len(pairs))
-        groups = _with_answers(read_rollouts(recorded)[:prompts], _source(config, checkpoint), recorded)
+        groups = _with_answers(read_rollouts(recorded)[:prompts], source, recorded)
         batch = flatten(groups, None)
         ages = batch.staleness(at, config.staleness.max).total[batch.loss_mask]
         steps.append(

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from rlsys.observability.catalogue import definition
-from tests.integration.running import SMALL, Outcome, rlsys, steps, write_config
+from tests.integration.running import SMALL, Outcome, rlsys, rows, steps, write_config
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(900)]
 
@@ -36,25 +36,25 @@ def outcome(home: Path) -> Outcome:
 
 
 @pytest.fixture(scope="module")
-def rows(home: Path, outcome: Outcome) -> list[dict[str, Any]]:
-    return steps(home / "runs" / "run")
+def audits(home: Path, outcome: Outcome) -> list[dict[str, Any]]:
+    """The rows of audits."""
+    return [row for row in rows(home / "runs" / "run" / "metrics.jsonl") if "audit/cosine" in row]
 
 
-def test_the_due_steps_and_no_others_have_an_audit(rows: list[dict[str, Any]]) -> None:
-    assert [row["step"] for row in rows] == list(range(1, 10))
-    for row in rows:
-        found = {name for name in row if name.startswith("audit/")}
-        assert found == (NAMES if row["step"] % 4 == 0 else set())
+def test_the_due_steps_and_no_others_have_an_audit(home: Path, audits: list[dict[str, Any]]) -> None:
+    assert [row["step"] for row in steps(home / "runs" / "run")] == list(range(1, 10))
+    assert sorted(row["step"] for row in audits) == [4, 8]
+    for row in audits:
+        assert {name for name in row if name not in ("step", "time")} == NAMES
     for name in NAMES:
         assert definition(name).unit
 
 
-def test_the_numbers_are_cosines_and_a_ratio_and_the_batches_had_a_signal(rows: list[dict[str, Any]]) -> None:
-    for row in rows:
-        if row["step"] % 4 == 0:
-            assert -1 <= row["audit/cosine"] <= 1
-            assert -1 <= row["audit/cosine_floor"] <= 1
-            assert row["audit/norm_ratio"] > 0
+def test_the_numbers_are_cosines_and_a_ratio_and_the_batches_had_a_signal(audits: list[dict[str, Any]]) -> None:
+    for row in audits:
+        assert -1 <= row["audit/cosine"] <= 1
+        assert -1 <= row["audit/cosine_floor"] <= 1
+        assert row["audit/norm_ratio"] > 0
 
 
 def test_the_audit_ends_with_its_run_and_disturbs_nothing(home: Path, outcome: Outcome) -> None:
@@ -65,10 +65,24 @@ def test_the_audit_ends_with_its_run_and_disturbs_nothing(home: Path, outcome: O
     assert "audit_failed" not in (events.read_text() if events.exists() else "")
 
 
-def test_the_finished_run_is_audited_at_every_checkpoint_with_a_next_batch(home: Path, outcome: Outcome) -> None:
+@pytest.fixture(scope="module")
+def report(home: Path, outcome: Outcome) -> dict[str, Any]:
+    """What `rlsys lab gradient` says of the finished run."""
     printed = rlsys(home, "lab", "gradient", "runs/run", "--json")
     assert printed.code == 0, printed.stderr
-    report = json.loads(printed.stdout)
+    found: dict[str, Any] = json.loads(printed.stdout)
+    return found
+
+
+def test_the_audit_in_the_run_and_that_of_its_files_agree(audits: list[dict[str, Any]], report: dict[str, Any]) -> None:
+    """Step 4 was trained from version 3, which was kept: the published weights are the checkpoint's."""
+    row, step = audits[0], report["steps"][0]
+    assert (row["step"], step["version"]) == (4, 3)
+    for name in NAMES:
+        assert row[name] == pytest.approx(step[name.removeprefix("audit/")], rel=1e-3, abs=1e-4)
+
+
+def test_the_finished_run_is_audited_at_every_checkpoint_with_a_next_batch(home: Path, report: dict[str, Any]) -> None:
     assert [row["version"] for row in report["steps"]] == [3, 6], "the last checkpoint has no next batch"
     assert report["samples"] == SMALL["rollout"]["samples_per_prompt"]
     for row in report["steps"]:

@@ -152,16 +152,16 @@ def labels(paths: Sequence[Path]) -> list[str]:
 
 
 def _alarms(events: Sequence[Row]) -> list[Alarm]:
-    """Raised alarms in order, each with the step at which it was cleared."""
+    """Raised alarms in order, with the step that cleared them. A resumed run may raise again what stands."""
     found: list[dict[str, Any]] = []
     for event in events:
         if event.get("kind") != "alarm":
             continue
         alarm = event.get("alarm") or {}
-        if alarm.get("state") == "cleared":
-            standing = [one for one in found if one["name"] == alarm.get("name") and one["cleared"] is None]
-            if standing:
-                standing[-1]["cleared"] = alarm.get("step")
+        standing = [one for one in found if one["name"] == alarm.get("name") and one["cleared"] is None]
+        if alarm.get("state") == "cleared" and standing:
+            standing[-1]["cleared"] = alarm.get("step")
+        if alarm.get("state") == "cleared" or standing:
             continue
         found.append(
             {

@@ -60,7 +60,7 @@ def summary(run: RunRecord) -> str:
             )
         )
     if found["alarms"]:
-        parts.append(f"{number(found['alarms'])} alarms were raised; {number(found['alarms_standing'])} stand.")
+        parts.append(f"Alarms raised: {number(found['alarms'])}; still standing: {number(found['alarms_standing'])}.")
     return " ".join(parts)
 
 
