@@ -9,7 +9,7 @@ from playwright.sync_api import Page, expect
 
 from rlsys.dashboard import Served
 from tests.browser.conftest import Open
-from tests.made_run import make_run, raise_alarm
+from tests.made_run import add_step, append, evaluation, make_run, raise_alarm
 
 PAGES = {
     "overview": "Effective sample size",
@@ -117,6 +117,27 @@ def test_an_alarm_that_is_raised_appears_by_itself_with_cause_and_advice(
     raise_alarm(root, state="cleared", step=6)
     expect(alarm).to_have_count(0)
     expect(page.get_by_text("ESS low cleared at step 6")).to_be_visible()
+
+
+def test_steps_that_are_written_appear_without_loading_the_page_again(tmp_path: Path, serve, open_page: Open) -> None:
+    root = make_run(tmp_path / "run", 3, planned=5)
+    page = open_page(serve(root))
+    expect(page.locator("#step-count")).to_have_text("step 3 of 5")
+    expect(page.locator("#phase")).to_have_text("running")
+    page.evaluate("window.loaded = 'once'")
+    add_step(root, 4)
+    expect(page.locator("#step-count")).to_have_text("step 4 of 5")
+    expect(page.locator(".legend").first).to_contain_text("batch mean0.400")
+    page.locator("nav a[data-page=tokens]").click()
+    expect(page.get_by_label("Step", exact=True)).to_have_value("4")
+    page.locator("nav a[data-page=overview]").click()
+    add_step(root, 5)
+    append(root / "metrics.jsonl", evaluation(5))
+    (root / "summary.png").write_bytes(b"")
+    expect(page.locator("#phase")).to_have_text("finished")
+    expect(page.locator("#step-count")).to_have_text("step 5 of 5")
+    expect(page.locator(".legend").first).to_contain_text("held-out, greedy0.500")
+    assert page.evaluate("window.loaded") == "once"
 
 
 def test_the_keyboard_reaches_every_page(url: str, open_page: Open) -> None:
