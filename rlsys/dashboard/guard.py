@@ -98,9 +98,6 @@ class Guard:
             )
         await app(scope, receive, guarded)
 
-    def _has_token(self, headers: Headers) -> bool:
-        return self._matches(_bearer(headers)) or self._matches(_cookie(headers, self._cookie))
-
     def _matches(self, given: str) -> bool:
         """Compared in constant time."""
         return self._token is not None and hmac.compare_digest(given.encode(), self._token)
