@@ -351,6 +351,7 @@ class Rig:
     reference: FakeReference | None = None
     probe: FakeProbe | None = None
     audit: FakeAudit = field(default_factory=FakeAudit)
+    roles: dict[str, Any] = field(default_factory=dict)
     reopened: Sequence[Prompt] = ()
     eval_prompts: Sequence[Prompt] = ()
     first_id: int = 0
@@ -377,6 +378,7 @@ class Rig:
             recorder=self.recorder,
             journal=self.journal,
             probe=self.probe,
+            roles=self.roles,
             audit=self.audit if self.config.audit.every else None,
         )
         return TrainingLoop(

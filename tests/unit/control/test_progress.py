@@ -1,9 +1,11 @@
 """Rates between two steps, computed by hand."""
 
+import contextlib
+
 import pytest
 
 from rlsys.control.ports import FleetStats
-from rlsys.control.progress import StepClock, ledger_metrics
+from rlsys.control.progress import Activity, StepClock, ledger_metrics
 from rlsys.records import LearnerStep
 from rlsys.scheduling.ledger import End, Ledger
 from tests.fakes import make_prompt
@@ -12,7 +14,8 @@ from tests.fakes import make_prompt
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     time = [100.0]
-    monkeypatch.setattr("rlsys.control.progress.time.perf_counter", lambda: time[0])
+    for source in ("perf_counter", "monotonic"):
+        monkeypatch.setattr(f"rlsys.control.progress.time.{source}", lambda: time[0])
     return time
 
 
@@ -55,6 +58,23 @@ def test_a_worker_that_is_silent_for_a_step_is_counted_when_it_answers_again(clo
     assert watch.fleet({"a": stats(200), "b": stats(400)})["throughput/generated_tokens_per_s"] == 50.0
     clock[0] = 130.0
     assert watch.fleet({})["throughput/generated_tokens_per_s"] == 0.0
+
+
+def test_a_role_is_idle_since_it_last_finished_something_and_only_while_it_has_work(clock: list[float]) -> None:
+    activity = Activity()
+    with activity.of("rollout"):
+        clock[0] = 105.0
+        assert activity.idle_s() == {"rollout": 5.0}
+        with contextlib.suppress(ValueError), activity.of("rollout"):
+            clock[0] = 107.0
+            raise ValueError
+        clock[0] = 110.0
+        assert activity.idle_s() == {"rollout": 3.0}, "a failure is an end, too"
+    clock[0] = 200.0
+    assert activity.idle_s() == {"rollout": 0.0}
+    with activity.of("rollout"):
+        clock[0] = 201.0
+        assert activity.idle_s() == {"rollout": 1.0}, "what lay idle for want of work is not stalled"
 
 
 def test_every_end_but_training_counts_as_rejected() -> None:

@@ -128,7 +128,7 @@ def test_a_run_and_its_continuation_are_one_trackio_run(tracked: tuple[RunDirect
 
 def wandb_records(path: Path) -> Iterator[Any]:
     """Records of an offline datastore: LevelDB's log format behind a header of 7 bytes."""
-    from wandb.proto.wandb_internal_pb2 import Record  # type: ignore[attr-defined]
+    from wandb.proto.wandb_internal_pb2 import Record
 
     data, at, parts = path.read_bytes(), 7, b""
     while at + 7 <= len(data):
