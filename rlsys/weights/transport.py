@@ -5,12 +5,14 @@ readers elsewhere get one copy per node. A collective transport (NCCL) fits behi
 """
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
 from rlsys.versions import WeightManifest
-from rlsys.weights.buffer import Bytes
+
+if TYPE_CHECKING:  # the controller and the weight-sync service know tickets, and need no torch
+    from rlsys.weights.buffer import Bytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,23 +31,23 @@ class WeightTicket:
 class WeightTransport(Protocol):
     """How the bytes of a version travel."""
 
-    def send(self, buffer: Bytes) -> Any:
+    def send(self, buffer: "Bytes") -> Any:
         """Make the bytes available; returns the payload of a ticket."""
 
-    def receive(self, payload: Any) -> Bytes:
+    def receive(self, payload: Any) -> "Bytes":
         """The bytes of a ticket, read-only; blocks until they are here."""
 
 
 class ObjectStoreTransport:
     """Ray's shared-memory object store. Wrapped in a list, a reference travels without being resolved."""
 
-    def send(self, buffer: Bytes) -> Any:
+    def send(self, buffer: "Bytes") -> Any:
         """Copy the buffer into the store once."""
         import ray
 
         return [ray.put(buffer)]
 
-    def receive(self, payload: Any) -> Bytes:
+    def receive(self, payload: Any) -> "Bytes":
         """Map the stored bytes; zero-copy on the node that holds them."""
         import ray
 
