@@ -135,10 +135,10 @@ class EngineDriver:
             self._failure = error
         with self._lock:
             self._ended = True
+        self._pending.clear()  # before those who wait for it learn that it failed
         for future in tuple(self._unresolved):  # running, queued, or the one whose command brought us here
             if future.running() or future.set_running_or_notify_cancel():
                 future.set_exception(self._end())
-        self._pending.clear()
 
     def _take_commands(self) -> bool:
         """Run queued commands; wait for one when idle. False: close."""
