@@ -4,6 +4,7 @@
 
 Four measurements, alternating on one Ray cluster, pinned as a run pins them:
   bare      the engine driven by a plain loop on the rollout core, no actor; generated tokens per second
+            (here as in the next, a finished group makes room for the next prompt, as in a run)
   rollout   the same work through a rollout actor; generated tokens per second
   learner   the learner actor fed one recorded batch over and over; responses per second
   pipeline  the whole control loop: admission, rollout, rewards, reference, learner, weight sync, records;
@@ -12,6 +13,7 @@ Four measurements, alternating on one Ray cluster, pinned as a run pins them:
 
 import argparse
 import asyncio
+import itertools
 import os
 import shutil
 import tempfile
@@ -22,6 +24,7 @@ from typing import Any
 from benchmarks.common import interleave, keep, ratios, say, summary
 from rlsys.config import load_config
 from rlsys.config.schema import RunConfig
+from rlsys.scheduling.routing import groups_per_worker
 
 STEPS = 24
 GROUPS = 768
@@ -124,6 +127,7 @@ class Bench:
 
         self.engine = VllmEngine(path, config.model, config.rollout, seed=0)
         os.sched_setaffinity(0, self.shared_cores)  # where the controller would be
+        self.open_groups = groups_per_worker(config.rollout.max_concurrent_sequences, config.rollout.samples_per_prompt)
         self.batch: list[Any] = []
         self.version = 0
         self.sampled: list[float] = []
@@ -141,14 +145,19 @@ class Bench:
 
         rollout = self.config.rollout
         sampling = Sampling(max_new_tokens=rollout.max_new_tokens, temperature=rollout.temperature)
-        prompts = [next(self.prompts.source) for _ in range(GROUPS)]
+        prompts = enumerate([next(self.prompts.source) for _ in range(GROUPS)])
         finished = Rate()
+
+        def add(groups: int) -> None:
+            for i, prompt in itertools.islice(prompts, groups):
+                self.engine.add(f"{self.version}-{i}", prompt.token_ids, rollout.samples_per_prompt, sampling)
+
         os.sched_setaffinity(0, self.own_core)
-        for i, prompt in enumerate(prompts):
-            self.engine.add(f"{self.version}-{i}", prompt.token_ids, rollout.samples_per_prompt, sampling)
+        add(self.open_groups)
         while self.engine.busy:
             for _, responses in self.engine.step():
                 finished.add(sum(len(r.response_ids) for r in responses))
+                add(1)
         os.sched_setaffinity(0, self.shared_cores)
         return finished.tokens_per_s
 
@@ -160,13 +169,15 @@ class Bench:
         prompts = [next(self.prompts.source) for _ in range(GROUPS)]
         finished = Rate()
 
-        async def one(index: int) -> Any:
-            summary, payload = await ports[index % len(ports)].generate(index, 1, prompts[index])
+        async def one(index: int, room: asyncio.Semaphore) -> Any:
+            async with room:
+                summary, payload = await ports[index % len(ports)].generate(index, 1, prompts[index])
             finished.add(summary.tokens)
             return summary, payload
 
         async def generate() -> list[Any]:
-            return await asyncio.gather(*map(one, range(GROUPS)))
+            rooms = [asyncio.Semaphore(self.open_groups) for _ in ports]
+            return await asyncio.gather(*(one(i, rooms[i % len(ports)]) for i in range(GROUPS)))
 
         self.batch = asyncio.run(generate())[: self.config.rollout.prompts_per_step]
         self.sampled.append(finished.groups_per_s * self.config.rollout.samples_per_prompt)

@@ -9,12 +9,12 @@ from rlsys.config.schema import RunConfig
 
 Role = Literal["learner", "rollout", "other"]
 
-YIELD = 10
-"""Niceness of the others: they work in what the learner leaves of its cores."""
+NICE = {"rollout": 0, "learner": 5, "other": 10}
+"""Where cores are shared, a rollout's results travel before the learner steps, and the others take what is left."""
 
 
 def settle(role: Role, config: RunConfig, *, index: int = 0, on_gpu: bool = False) -> list[int]:
-    """Bind this process to its cores and its numeric libraries to as many threads; returns the cores.
+    """Bind this process to its cores and its numeric libraries to as many threads; returns the cores it found.
 
     One thread a process is what makes two of them share a small machine well. Without pinning
     (`resources.pin_cores`, or on a GPU) it only counts its threads. Must run before torch is imported.
@@ -24,15 +24,30 @@ def settle(role: Role, config: RunConfig, *, index: int = 0, on_gpu: bool = Fals
     threads = learner_cores if role == "learner" else 1
     os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = str(threads)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    cores = assign_cores(
-        sorted(os.sched_getaffinity(0)), role, index=index, learner=learner_cores, rollouts=config.rollout.workers
-    )
+    found = sorted(os.sched_getaffinity(0))
+    cores = assign_cores(found, role, index=index, learner=learner_cores, rollouts=config.rollout.workers)
     if config.resources.pin_cores and not on_gpu:
-        if role == "other":
-            os.nice(YIELD)
-        for thread in Path("/proc/self/task").iterdir():
-            _bind(int(thread.name), cores)
-    return cores
+        os.nice(NICE[role])
+        for thread in threads_of_process():
+            _bind(thread, cores)
+    return found
+
+
+def leave_core_to(thread: int, found: list[int], config: RunConfig) -> None:
+    """Move a rollout worker's other threads off its core, to where the other roles are: only `thread` decodes.
+
+    What arrives and leaves with requests is a tenth of a decode step. `found`: what `settle` returned.
+    """
+    if config.resources.pin_cores:
+        cores = assign_cores(found, "other", learner=config.resources.learner_threads, rollouts=config.rollout.workers)
+        for other in threads_of_process():
+            if other != thread:
+                _bind(other, cores)
+
+
+def threads_of_process() -> list[int]:
+    """Ids of this process's threads, as the operating system knows them."""
+    return [int(task.name) for task in Path("/proc/self/task").iterdir()]
 
 
 def assign_cores(cores: list[int], role: Role, *, index: int = 0, learner: int = 1, rollouts: int = 1) -> list[int]:

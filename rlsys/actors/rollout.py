@@ -13,7 +13,7 @@ import ray
 
 from rlsys.actors.bundle import Bundle
 from rlsys.actors.outbox import Outbox
-from rlsys.actors.process import settle
+from rlsys.actors.process import leave_core_to, settle
 from rlsys.config.schema import RunConfig
 from rlsys.engines.protocol import Sampled, Sampling
 from rlsys.observability.spans import Span
@@ -31,6 +31,9 @@ class Request:
     attempt: int
     prompt: Prompt
 
+
+GATHER_S = 0.06
+"""Seconds in which finished groups gather before they leave: a call costs the decoding thread a millisecond."""
 
 Outcome = tuple[int, GroupSummary | BaseException]
 """A request's key, and what became of it."""
@@ -52,13 +55,16 @@ class RolloutActor:
     """Samples groups of responses. Weight and health calls have a concurrency group of their own."""
 
     def __init__(self, name: str, index: int, path: str, config: RunConfig, version: PolicyVersion) -> None:
-        settle("rollout", config, index=index, on_gpu=config.resources.rollout_gpus > 0)
+        on_gpu = config.resources.rollout_gpus > 0
+        cores = settle("rollout", config, index=index, on_gpu=on_gpu)
         from rlsys.engines.driver import EngineDriver
         from rlsys.engines.vllm_engine import VllmEngine
         from rlsys.weights.transport import ObjectStoreTransport
 
         engine = VllmEngine(path, config.model, config.rollout, seed=config.seed + index, version=version)
         self._driver = EngineDriver(engine)
+        if not on_gpu:
+            leave_core_to(self._driver.thread, cores, config)
         self._transport = ObjectStoreTransport()
         self._name = name
         self._rollout = config.rollout
@@ -78,6 +84,7 @@ class RolloutActor:
 
         Call with `num_returns=2`: the outcomes travel, the bundle stays. It holds the groups of those that succeeded.
         """
+        await asyncio.sleep(GATHER_S)
         ended = await self._outboxes[client].take()
         return [outcome for outcome, _ in ended], [group for _, group in ended if group is not None]
 

@@ -53,6 +53,13 @@ class EngineDriver:
         return self._version
 
     @property
+    def thread(self) -> int:
+        """The operating system's id of the thread that decodes."""
+        thread = self._thread.native_id
+        assert thread is not None  # it was started
+        return thread
+
+    @property
     def pending(self) -> int:
         """Groups submitted and not finished."""
         return len(self._pending)

@@ -57,11 +57,11 @@ class Router:
 
 
 def groups_per_worker(sequences: int, samples: int) -> int:
-    """Groups of `samples` that a worker decoding `sequences` at once may hold: 1½ times what it decodes, at least 2.
+    """Groups of `samples` that a worker decoding `sequences` at once may hold: twice what it decodes, at least 2.
 
-    So its batch stays full while results travel.
+    So its batch stays full while results gather and travel.
 
     >>> groups_per_worker(256, 8)
-    48
+    64
     """
-    return max(2, -(-3 * sequences // (2 * samples)))
+    return max(2, -(-2 * sequences // samples))

@@ -64,11 +64,32 @@ waiting.set()
 """
 
 
-@pytest.mark.parametrize(("role", "yields"), [("learner", 0), ("other", 10)])
+@pytest.mark.parametrize(("role", "yields"), [("learner", 5), ("other", 10)])
 @pytest.mark.parametrize("pin", [True, False])
 def test_pinning_binds_threads_that_run_already_and_lets_the_others_yield(pin: bool, role: str, yields: int) -> None:
     here = sorted(os.sched_getaffinity(0))
     code = SETTLE.format(pin=pin, role=role)
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     bound, nice = (here[-1:], yields) if pin else (here, 0)
-    assert shown.stdout == f"{here[-1:]} {bound} {bound} 1 {os.nice(0) + nice}\n"
+    assert shown.stdout == f"{here} {bound} {bound} 1 {os.nice(0) + nice}\n"
+
+
+LEAVE = """
+import os, threading
+from rlsys import RunConfig
+from rlsys.actors.process import leave_core_to, settle
+config = RunConfig.model_validate({"task": {"name": "arithmetic"}})
+waiting = threading.Event()
+thread = threading.Thread(target=waiting.wait)
+found = settle("rollout", config)
+thread.start()
+leave_core_to(thread.native_id, found, config)
+print(sorted(os.sched_getaffinity(thread.native_id)), sorted(os.sched_getaffinity(0)))
+waiting.set()
+"""
+
+
+def test_a_rollout_workers_core_is_left_to_the_thread_that_decodes() -> None:
+    cores = sorted(os.sched_getaffinity(0))
+    shown = subprocess.run([sys.executable, "-c", LEAVE], capture_output=True, text=True, check=True)
+    assert shown.stdout == f"{cores[:1]} {cores[1:] or cores}\n"

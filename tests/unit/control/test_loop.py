@@ -174,7 +174,7 @@ def test_a_worker_holds_no_more_groups_than_it_has_room_for() -> None:
 
     r = rig("rollout.max_concurrent_sequences=4", workers=[Worker("a", refuse=poison), Worker("b")])
     assert r.run().version == 6
-    assert max(holding) == 3  # 1.5 times 4 sequences, in groups of 2
+    assert max(holding) == 4  # twice 4 sequences, in groups of 2
     assert [worker.in_flight for worker in r.loop.router.workers.values()] == [0, 0]
 
 
