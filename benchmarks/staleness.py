@@ -2,24 +2,26 @@
 
     python -m benchmarks.staleness [--seeds 0 1 2] [--bounds 0 1 4 16] [--arms ppo_clip tis ...]
 
-Every cell of the table is one `rlsys train configs/staleness.yaml`: the queue keeps as many batches as the bound
-allows (`staleness.backlog`), so that once it is filled every trained token is exactly that many versions old. Runs that
-are already kept are not repeated: the command continues where it was interrupted, and draws what it has.
+Every cell of the table is one run of the control loop over `configs/staleness.yaml`: the queue keeps as many batches
+as the bound allows (`staleness.backlog`), so that once it is filled every trained token is exactly that many versions
+old. The cells of a seed share its rollout and reward actors, which know nothing of objectives; each has a learner, a
+weight-sync service and a ledger of its own. Runs that are already kept are not repeated: the command continues where it
+was interrupted, and draws what it has.
 """
 
 import argparse
+import asyncio
 import json
 import math
 import shutil
 import statistics
-import subprocess
-import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from benchmarks.common import BASELINES, keep, say
+from rlsys.config import RunConfig, load_config
 
 CONFIG = "configs/staleness.yaml"
 PLOT = Path("docs/assets/staleness.png")
@@ -31,7 +33,7 @@ ARMS: dict[str, list[str]] = {
     "m2": ["objective.name=ppo_clip", "objective.correction.name=m2"],
     "gspo": ["objective.name=gspo"],
     "decoupled_ppo": ["objective.name=decoupled_ppo"],
-    "none, ESS window": ["objective.name=reinforce", "staleness.controller=ess"],
+    "ppo_clip, ESS window": ["objective.name=ppo_clip", "staleness.controller=ess"],
 }
 BOUNDS = (0, 1, 4, 16)
 STUDENT_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}
@@ -50,25 +52,102 @@ def main() -> None:
     path = BASELINES / "staleness.json"
     runs: dict[str, Any] = json.loads(path.read_text())["runs"] if path.exists() else {}
     for seed in arguments.seeds:
-        for bound in reversed(arguments.bounds):
-            for arm in arguments.arms:
-                key = f"{arm}, staleness {bound}, seed {seed}"
-                if key not in runs:
-                    runs[key] = {"arm": arm, "bound": bound, "seed": seed, **run(arm, bound, seed)}
-                    keep("staleness", "python -m benchmarks.staleness", {"runs": runs})
-                    draw(runs)
-                say(f"{key:<36} {runs[key]}")
+        cells = [(arm, bound) for bound in reversed(arguments.bounds) for arm in arguments.arms]
+        missing = [cell for cell in cells if name(*cell, seed) not in runs]
+        if not missing:
+            continue
+        with Workers(seed) as workers:
+            for arm, bound in missing:
+                found = outcome(workers.train(arm, bound))
+                runs[name(arm, bound, seed)] = {"arm": arm, "bound": bound, "seed": seed, **found}
+                keep("staleness", "python -m benchmarks.staleness", {"runs": runs})
+                draw(runs)
+                say(f"{name(arm, bound, seed):<36} {found['before']:.3f} -> {found['after']:.3f}, {found}")
+    say("\n".join(table(runs)))
 
 
-def run(arm: str, bound: int, seed: int) -> dict[str, Any]:
-    """One run by the command line; what it came to, read from its own metrics."""
-    scratch = Path(tempfile.mkdtemp())
-    forced = [f"staleness.max={bound}", "staleness.serving_lag=0", f"staleness.backlog={bound}"]
-    overrides = [*ARMS[arm], *forced, f"seed={seed}", f"run_dir={scratch}"]
-    command = [sys.executable, "-m", "rlsys.cli", "train", CONFIG, "--json", *overrides]
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-    rows = [json.loads(line) for line in (scratch / "staleness" / "metrics.jsonl").read_text().splitlines()]
-    shutil.rmtree(scratch)
+def name(arm: str, bound: int, seed: int) -> str:
+    """What a cell of one seed is kept under."""
+    return f"{arm}, staleness {bound}, seed {seed}"
+
+
+class Workers:
+    """A Ray cluster with the rollout and reward actors of one seed, for one run after the other."""
+
+    def __init__(self, seed: int) -> None:
+        self._seed = seed
+        self._scratch = Path(tempfile.mkdtemp())
+
+    def __enter__(self) -> "Workers":
+        from rlsys.control import remote
+        from rlsys.control.build import start_actors
+        from rlsys.control.cluster import cluster
+        from rlsys.control.lifecycle import initial_model
+        from rlsys.control.preflight import load_prompts
+
+        config = self._config("none", max(BOUNDS))
+        self._path = initial_model(config)
+        self._prompts = load_prompts(config, self._path)
+        self._cluster = cluster(config)
+        self._cluster.__enter__()
+        self._fleet = start_actors(config, self._path, None, 0)
+        asyncio.run(remote.all_ready([w.stats.remote() for w in self._fleet.rollouts.values()]))
+        return self
+
+    def __exit__(self, *failure: Any) -> None:
+        self._cluster.__exit__(*failure)
+        shutil.rmtree(self._scratch)
+
+    def train(self, arm: str, bound: int) -> list[dict[str, Any]]:
+        """One run from the initial model on; the rows of its metrics.jsonl."""
+        from rlsys.control.build import connect
+        from rlsys.control.loop import TrainingLoop
+        from rlsys.observability.run_directory import RunDirectory
+        from rlsys.observability.sinks import RunJournal
+        from rlsys.scheduling.ledger import Ledger
+
+        config = self._config(arm, bound)
+        directory = RunDirectory(config.path)
+        directory.create("")
+        asyncio.run(self._fresh_learner(config))
+        journal = RunJournal(directory, config)
+        parts = connect(self._fleet, self._prompts.source, journal)
+
+        async def run() -> None:
+            ledger = Ledger(capacity=config.slots, window=config.staleness.window)
+            await TrainingLoop(config, parts, ledger=ledger, eval_prompts=self._prompts.held_out).run()
+
+        asyncio.run(run())
+        journal.close()
+        rows = list(directory.rows())
+        shutil.rmtree(directory.root)
+        return rows
+
+    async def _fresh_learner(self, config: RunConfig) -> None:
+        """Another learner with the initial weights, and a weight-sync service that has published nothing yet."""
+        import ray
+
+        from rlsys.actors.learner import LearnerActor
+        from rlsys.actors.weight_sync import WeightSyncActor
+        from rlsys.control import remote
+
+        for former in (self._fleet.learner, self._fleet.weights):
+            ray.kill(former)
+        self._fleet.learner = LearnerActor.options(num_cpus=1).remote(self._path, config, None)  # type: ignore[attr-defined]
+        self._fleet.weights = WeightSyncActor.options(num_cpus=0).remote(config)  # type: ignore[attr-defined]
+        await remote.all_ready([self._fleet.learner.version.remote()])
+        for worker, handle in self._fleet.rollouts.items():
+            await remote.call(self._fleet.weights.add.remote(worker, handle))
+
+    def _config(self, arm: str, bound: int) -> RunConfig:
+        forced = [f"staleness.max={bound}", "staleness.serving_lag=0", f"staleness.backlog={bound}"]
+        unseen = ["observability.prometheus=false", "observability.trace=false", "probe.fraction=0.0"]
+        place = [f"seed={self._seed}", f"run_dir={self._scratch}"]
+        return load_config(CONFIG, [*ARMS[arm], *forced, *unseen, *place])
+
+
+def outcome(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What a run came to, from its own metrics."""
     steps = [row for row in rows if "reward/mean" in row]
     accuracy = [row["eval/accuracy"] for row in rows if "eval/accuracy" in row]
     late = steps[len(steps) // 2 :]
