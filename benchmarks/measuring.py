@@ -2,20 +2,19 @@
 
     python -m benchmarks.measuring [--rounds 5]
 
-Whole runs by the command line, one of each kind a round; the median time between two learner steps of each.
+Whole runs of the control loop over the same workers, one of each kind a round; the median time between two learner
+steps of each.
 """
 
 import argparse
-import json
-import shutil
 import statistics
-import subprocess
-import sys
-import tempfile
-from pathlib import Path
+from functools import partial
 
 from benchmarks.common import interleave, keep, ratios, say, summary
+from benchmarks.workers import Workers
+from rlsys.config import load_config
 
+CONFIG = "configs/quickstart.yaml"
 COMMON = ["learner.steps=50", "eval.every=0", "eval.max_prompts=8", "checkpoint.every=0"]
 OFF = [
     "probe.fraction=0.0",
@@ -34,7 +33,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
     rounds = parser.parse_args().rounds
-    samples = interleave({kind: lambda o=overrides: step_s(o) for kind, overrides in KINDS.items()}, rounds)  # type: ignore[misc]
+    with Workers(load_config(CONFIG, COMMON)) as workers:
+        samples = interleave({kind: partial(step_s, workers, overrides) for kind, overrides in KINDS.items()}, rounds)
     found = {
         "metrics_over_off": ratios(samples["metrics"], samples["off"]),
         "probe_over_off": ratios(samples["probe"], samples["off"]),
@@ -46,15 +46,10 @@ def main() -> None:
     keep("measuring", command, {"samples": samples, "ratios": found, "summary": result})
 
 
-def step_s(overrides: list[str]) -> float:
+def step_s(workers: Workers, overrides: list[str]) -> float:
     """Median seconds between two learner steps of one run."""
-    scratch = Path(tempfile.mkdtemp())
-    train = [sys.executable, "-m", "rlsys.cli", "train", "configs/quickstart.yaml", "--json", f"run_dir={scratch}"]
-    subprocess.run([*train, *COMMON, *overrides], check=True, stdout=subprocess.DEVNULL)
-    lines = (scratch / "quickstart" / "metrics.jsonl").read_text().splitlines()
-    shutil.rmtree(scratch)
-    rows = [row for row in map(json.loads, lines) if "reward/mean" in row]
-    return statistics.median(row["throughput/step_s"] for row in rows if row["step"] > SETTLED)
+    rows = workers.train(load_config(CONFIG, [*COMMON, *overrides]))
+    return statistics.median(r["throughput/step_s"] for r in rows if "reward/mean" in r and r["step"] > SETTLED)
 
 
 if __name__ == "__main__":

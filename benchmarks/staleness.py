@@ -10,17 +10,15 @@ was interrupted, and draws what it has.
 """
 
 import argparse
-import asyncio
 import json
 import math
-import shutil
 import statistics
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from benchmarks.common import BASELINES, keep, say
+from benchmarks.workers import Workers
 from rlsys.config import RunConfig, load_config
 
 CONFIG = "configs/staleness.yaml"
@@ -56,9 +54,9 @@ def main() -> None:
         missing = [cell for cell in cells if name(*cell, seed) not in runs]
         if not missing:
             continue
-        with Workers(seed) as workers:
+        with Workers(configured(*missing[0], seed)) as workers:
             for arm, bound in missing:
-                found = outcome(workers.train(arm, bound))
+                found = outcome(workers.train(configured(arm, bound, seed)))
                 runs[name(arm, bound, seed)] = {"arm": arm, "bound": bound, "seed": seed, **found}
                 keep("staleness", "python -m benchmarks.staleness", {"runs": runs})
                 draw(runs)
@@ -71,79 +69,11 @@ def name(arm: str, bound: int, seed: int) -> str:
     return f"{arm}, staleness {bound}, seed {seed}"
 
 
-class Workers:
-    """A Ray cluster with the rollout and reward actors of one seed, for one run after the other."""
-
-    def __init__(self, seed: int) -> None:
-        self._seed = seed
-        self._scratch = Path(tempfile.mkdtemp())
-
-    def __enter__(self) -> "Workers":
-        from rlsys.control import remote
-        from rlsys.control.build import start_actors
-        from rlsys.control.cluster import cluster
-        from rlsys.control.lifecycle import initial_model
-        from rlsys.control.preflight import load_prompts
-
-        config = self._config("none", max(BOUNDS))
-        self._path = initial_model(config)
-        self._prompts = load_prompts(config, self._path)
-        self._cluster = cluster(config)
-        self._cluster.__enter__()
-        self._fleet = start_actors(config, self._path, None, 0)
-        asyncio.run(remote.all_ready([w.stats.remote() for w in self._fleet.rollouts.values()]))
-        return self
-
-    def __exit__(self, *failure: Any) -> None:
-        self._cluster.__exit__(*failure)
-        shutil.rmtree(self._scratch)
-
-    def train(self, arm: str, bound: int) -> list[dict[str, Any]]:
-        """One run from the initial model on; the rows of its metrics.jsonl."""
-        from rlsys.control.build import connect
-        from rlsys.control.loop import TrainingLoop
-        from rlsys.observability.run_directory import RunDirectory
-        from rlsys.observability.sinks import RunJournal
-        from rlsys.scheduling.ledger import Ledger
-
-        config = self._config(arm, bound)
-        directory = RunDirectory(config.path)
-        directory.create("")
-        asyncio.run(self._fresh_learner(config))
-        journal = RunJournal(directory, config)
-        parts = connect(self._fleet, self._prompts.source, journal)
-
-        async def run() -> None:
-            ledger = Ledger(capacity=config.slots, window=config.staleness.window)
-            await TrainingLoop(config, parts, ledger=ledger, eval_prompts=self._prompts.held_out).run()
-
-        asyncio.run(run())
-        journal.close()
-        rows = list(directory.rows())
-        shutil.rmtree(directory.root)
-        return rows
-
-    async def _fresh_learner(self, config: RunConfig) -> None:
-        """Another learner with the initial weights, and a weight-sync service that has published nothing yet."""
-        import ray
-
-        from rlsys.actors.learner import LearnerActor
-        from rlsys.actors.weight_sync import WeightSyncActor
-        from rlsys.control import remote
-
-        for former in (self._fleet.learner, self._fleet.weights):
-            ray.kill(former)
-        self._fleet.learner = LearnerActor.options(num_cpus=1).remote(self._path, config, None)  # type: ignore[attr-defined]
-        self._fleet.weights = WeightSyncActor.options(num_cpus=0).remote(config)  # type: ignore[attr-defined]
-        await remote.all_ready([self._fleet.learner.version.remote()])
-        for worker, handle in self._fleet.rollouts.items():
-            await remote.call(self._fleet.weights.add.remote(worker, handle))
-
-    def _config(self, arm: str, bound: int) -> RunConfig:
-        forced = [f"staleness.max={bound}", "staleness.serving_lag=0", f"staleness.backlog={bound}"]
-        unseen = ["observability.prometheus=false", "observability.trace=false", "probe.fraction=0.0"]
-        place = [f"seed={self._seed}", f"run_dir={self._scratch}"]
-        return load_config(CONFIG, [*ARMS[arm], *forced, *unseen, *place])
+def configured(arm: str, bound: int, seed: int) -> RunConfig:
+    """The configuration of one cell."""
+    forced = [f"staleness.max={bound}", "staleness.serving_lag=0", f"staleness.backlog={bound}"]
+    unseen = ["observability.prometheus=false", "observability.trace=false", "probe.fraction=0.0"]
+    return load_config(CONFIG, [*ARMS[arm], *forced, *unseen, f"seed={seed}"])
 
 
 def outcome(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
