@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
+from rlsys.config.learner import LearnerConfig, Sharding
 from rlsys.config.objective import (
     CORRECTION_FIELDS,
     OBJECTIVE_FIELDS,
@@ -32,7 +33,6 @@ from rlsys.config.section import (
     Flag,
     Fraction,
     Integer,
-    Momentum,
     NonNegative,
     NonNegativeFloat,
     Positive,
@@ -71,6 +71,7 @@ __all__ = [
     "RolloutConfig",
     "RunConfig",
     "SEQUENCE_OBJECTIVES",
+    "Sharding",
     "SinkName",
     "StalenessConfig",
     "StalenessController",
@@ -229,29 +230,6 @@ class StalenessConfig(Section):
         return self
 
 
-class LearnerConfig(Section):
-    """The optimizer step."""
-
-    steps: Positive = 100
-    """Optimizer batches to train."""
-    lr: PositiveFloat = 5e-4
-    warmup_steps: NonNegative = 5
-    schedule: Literal["constant", "linear"] = "linear"
-    """After warm-up: constant, or linear decay to zero at `steps`."""
-    betas: tuple[Momentum, Momentum] = (0.9, 0.95)
-    weight_decay: NonNegativeFloat = 0.0
-    grad_clip: PositiveFloat = 1.0
-    updates_per_batch: Positive = 1
-    """Mini-batches (optimizer updates) made from one batch."""
-    micro_batch_tokens: Positive = 8192
-    """Tokens of one forward/backward pass; the gradient does not depend on it."""
-    row_tokens: Positive = 64
-    """Row length for sequence packing; grows to the longest sequence."""
-    gradient_checkpointing: Flag = False
-    max_nonfinite_steps: Positive = 3
-    """Stop after this many refused steps in a row."""
-
-
 class EvalConfig(Section):
     """Held-out evaluation, greedy."""
 
@@ -289,11 +267,13 @@ class ResourcesConfig(Section):
     address: str | None = None
     """Ray cluster to join; None: start one on this machine and stop it afterwards."""
     pin_cores: Flag = True
-    """Give the learner its cores and each rollout worker one; the other parts yield to them (CPU only)."""
+    """Give each learner rank its cores and each rollout worker one; the other parts yield to them (CPU only)."""
     learner_gpus: NonNegativeFloat = 0.0
+    """Of each rank."""
     rollout_gpus: NonNegativeFloat = 0.0
     reference_gpus: NonNegativeFloat = 0.0
     learner_threads: Positive = 1
+    """Of each rank."""
     object_store_gib: PositiveFloat = 1.0
     """Shared memory of a cluster started here; a few versions and batches must fit."""
 
@@ -371,6 +351,18 @@ class RunConfig(Section):
                 "learner.updates_per_batch",
                 self.learner.updates_per_batch,
                 f"must not exceed rollout.prompts_per_step={rollout.prompts_per_step}",
+            )
+        if self.learner.ranks > rollout.prompts_per_step:
+            raise refusal(
+                "learner.ranks",
+                self.learner.ranks,
+                f"must not exceed rollout.prompts_per_step={rollout.prompts_per_step}: the others would have no work",
+            )
+        if self.learner.ranks > 1 and self.resources.learner_gpus % 1:
+            raise refusal(
+                "resources.learner_gpus",
+                self.resources.learner_gpus,
+                f"must be a whole number with learner.ranks={self.learner.ranks}: ranks cannot share a GPU (NCCL)",
             )
         if self.advantage.name != "batch_whiten" and rollout.samples_per_prompt < 2:
             raise refusal(

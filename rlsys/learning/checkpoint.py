@@ -52,17 +52,22 @@ def save(
 ) -> Path:
     """Write `directory` atomically and return it, in place of an older one of that name if there is one.
 
+    Of several ranks all have to call this, and the first one writes. How many there were cannot be seen in it.
     `tokenizer_from` is the directory whose tokenizer goes with the model; `extra` are JSON values committed
     together with the learner. Raises CheckpointError when it cannot be written (a full disk, say): then
     nothing is left behind and what was there before still loads.
     """
     state = learner.state()
+    tensors = dict(learner.named_tensors())
+    if learner.ranks.rank > 0:
+        return directory
+    tensors |= {name: tensors[original] for name, original in learner.tied_names().items()}
     tokenizer = load_tokenizer(tokenizer_from)
 
     def write(temporary: Path) -> None:
         (temporary / "trainer").mkdir()
         with quiet():
-            learner.policy.model.save_pretrained(temporary)
+            learner.policy.model.save_pretrained(temporary, state_dict=tensors)
             tokenizer.save_pretrained(temporary)
         save_file({name: tensor.contiguous() for name, tensor in state.tensors.items()}, temporary / _OPTIMIZER)
         description = {

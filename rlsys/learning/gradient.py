@@ -19,6 +19,7 @@ from rlsys.learning.batch import FlatBatch
 from rlsys.learning.metrics import TokenResults
 from rlsys.learning.packing import Packed, Packing, pack
 from rlsys.learning.policy import Policy
+from rlsys.learning.ranks import ALONE, Ranks
 from rlsys.learning.surrogate import Surrogate
 from rlsys.versions import PolicyVersion
 
@@ -32,7 +33,7 @@ class Collector(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class MiniBatch:
-    """The packed responses of one optimizer step and the normalisers of all of them."""
+    """The packed responses of one optimizer step, or this rank's share of them, and the normalisers of all."""
 
     packing: Packing
     totals: BatchTotals
@@ -54,11 +55,17 @@ class StepInputs:
 
 
 def divide(
-    batch: FlatBatch, config: LearnerConfig, *, max_tokens: int, seed: int, version: PolicyVersion
+    batch: FlatBatch,
+    config: LearnerConfig,
+    *,
+    max_tokens: int,
+    seed: int,
+    version: PolicyVersion,
+    ranks: Ranks = ALONE,
 ) -> list[MiniBatch]:
     """`updates_per_batch` mini-batches of whole groups, in an order drawn from seed and version.
 
-    A mini-batch without a trained token is left out.
+    A mini-batch without a trained token is left out. Of each, this rank packs its share.
     """
     parts = [np.arange(batch.responses)]
     if config.updates_per_batch > 1:
@@ -76,6 +83,8 @@ def divide(
                 row_tokens=config.row_tokens,
                 micro_batch_tokens=config.micro_batch_tokens,
                 members=members,
+                rank=ranks.rank,
+                ranks=ranks.size,
             )
             found.append(MiniBatch(packing, totals))
     return found
@@ -83,7 +92,7 @@ def divide(
 
 @torch.no_grad()
 def score(policy: Policy, mini_batches: Sequence[MiniBatch], tokens: int, temperature: float) -> Tensor:
-    """log π of all tokens of a batch under the policy as it is, [tokens], on its device; 0 where there is none."""
+    """log π of a batch's tokens under the policy as it is, [tokens], on its device; 0 where packed nowhere."""
     logprobs = torch.zeros(tokens, device=policy.device)
     for mini in mini_batches:
         for micro in mini.packing.micro_batches:

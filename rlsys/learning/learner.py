@@ -3,8 +3,8 @@
     groups ─ flatten ─ staleness within the bound? ─ [log π_V, when something global needs it]
            ─ rewards (− β·KL) ─ advantages ─ for each mini-batch: pack ─ Σ micro-batches ∇ ─ clip ─ AdamW
 
-All normalisers belong to the mini-batch as a whole, so how it is divided into micro-batches changes nothing.
-`version` counts batches applied; everything random is a function of (seed, version).
+All normalisers belong to the mini-batch as a whole, so how it is divided into micro-batches, or among `Ranks`,
+changes nothing. `version` counts batches applied; everything random is a function of (seed, version).
 """
 
 import math
@@ -24,6 +24,7 @@ from rlsys.learning.gradient import MiniBatch, StepInputs, accumulate, divide, s
 from rlsys.learning.metrics import Metrics, TokenResults, finite, step_metrics
 from rlsys.learning.optimizer import Optimizer, learning_rate
 from rlsys.learning.policy import Policy, load_policy
+from rlsys.learning.ranks import ALONE, Ranks
 from rlsys.learning.surrogate import Surrogate
 from rlsys.records import BatchArrays, FloatArray, LearnerStep, ScoredGroup
 from rlsys.versions import PolicyVersion
@@ -45,7 +46,10 @@ class LearnerUpdate:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LearnerState:
-    """All a learner is beyond its parameters. Randomness needs no state: it follows from seed and version."""
+    """All a learner is beyond its parameters. Randomness needs no state: it follows from seed and version.
+
+    Of several ranks the first has all tensors, the others none.
+    """
 
     version: PolicyVersion
     seed: int
@@ -55,7 +59,11 @@ class LearnerState:
 
 
 class Learner:
-    """Owns the policy's parameters and turns scored groups into better ones."""
+    """Owns the policy's parameters and turns scored groups into better ones.
+
+    With several `ranks` it is one in each process: `update` with the same batch, `state` and `named_tensors` have to
+    be called on all of them.
+    """
 
     def __init__(
         self,
@@ -71,22 +79,28 @@ class Learner:
         max_new_tokens: int,
         seed: int = 0,
         device: str = "cpu",
+        ranks: Ranks = ALONE,
     ) -> None:
         """Load the policy in `path`. `max_new_tokens` is the L of the `constant` reduction.
 
         `temperature` is the sampling temperature, so that both sides mean the same distribution.
         """
         self.policy: Policy = load_policy(
-            path, model.dtype, device=device, gradient_checkpointing=learner.gradient_checkpointing
+            path,
+            model.dtype,
+            device="cpu" if ranks.sharded else device,  # whole, it need not fit where its shards go
+            gradient_checkpointing=learner.gradient_checkpointing,
         )
+        self.ranks = ranks
+        ranks.shard(self.policy)
         self._config, self._objective, self._advantage, self._kl = learner, objective, advantage, kl
         self._temperature, self._bound, self._max_tokens = temperature, staleness_max, max_new_tokens
         self._surrogate = Surrogate(objective, kl)
-        self._optimizer = Optimizer(self.policy.model, learner)
+        self._optimizer = Optimizer(self.policy.model, learner, ranks)
         self._seed, self._refused, self._kl_coef, self._version = seed, 0, kl.coef, 0
 
     @classmethod
-    def of(cls, config: RunConfig, path: str | Path, *, device: str = "cpu") -> "Learner":
+    def of(cls, config: RunConfig, path: str | Path, *, device: str = "cpu", ranks: Ranks = ALONE) -> "Learner":
         """The learner of a run, from the policy in `path`."""
         return cls(
             path,
@@ -100,6 +114,7 @@ class Learner:
             max_new_tokens=config.rollout.max_new_tokens,
             seed=config.seed,
             device=device,
+            ranks=ranks,
         )
 
     @property
@@ -123,7 +138,14 @@ class Learner:
             raise ValueError("the batch has no trained token: every response is empty or masked")
         if self._kl_coef > 0 and batch.reference_logprobs is None:
             raise ConfigError(f"kl.coef={self._kl_coef} needs reference log-probabilities with every batch")
-        minis = divide(batch, self._config, max_tokens=self._max_tokens, seed=self._seed, version=self._version)
+        minis = divide(
+            batch,
+            self._config,
+            max_tokens=self._max_tokens,
+            seed=self._seed,
+            version=self._version,
+            ranks=self.ranks,
+        )
         start = self._step_start(batch, minis)
         advantage = self._advantages(batch, start)
         lr, kl_coef = learning_rate(self._config, self._version), self._kl_coef
@@ -152,13 +174,13 @@ class Learner:
         return LearnerUpdate(step=step, arrays=arrays, fill=fed / padded, sharing=sequence_tokens / fed)
 
     def state(self) -> LearnerState:
-        """What `load_state` needs beside the parameters; the tensors are the optimizer's own."""
+        """What `load_state` needs beside the parameters; the tensors are the optimizer's own, or gathered."""
         return LearnerState(
             version=self._version,
             seed=self._seed,
             kl_coef=self._kl_coef,
             refused=self._refused,
-            tensors=self._optimizer.state(),
+            tensors=dict(self.ranks.whole(self._optimizer.state().items())),
         )
 
     def load_state(self, state: LearnerState) -> None:
@@ -169,8 +191,8 @@ class Learner:
         self._version, self._kl_coef, self._refused = state.version, state.kl_coef, state.refused
 
     def named_tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """(Hugging Face name, tensor) to publish; tied tensors once (see `tied_names`)."""
-        return self.policy.named_tensors()
+        """(Hugging Face name, tensor) to publish; tied tensors once (see `tied_names`). On the first rank, whole."""
+        return self.ranks.whole(self.policy.named_tensors())
 
     def tied_names(self) -> Mapping[str, str]:
         """Names left out of `named_tensors` and the name whose tensor each shares."""
@@ -183,10 +205,14 @@ class Learner:
         """
         needed = (
             len(minis) > 1
-            or (self._surrogate.correction_needs_batch and len(minis[0].packing.micro_batches) > 1)
+            or (self._surrogate.correction_needs_batch and minis[0].packing.passes > 1)
             or (self._kl.placement == "reward" and self._kl_coef > 0)
         )
-        return score(self.policy, minis, len(batch.response_index), self._temperature) if needed else None
+        if not needed:
+            return None
+        start = score(self.policy, minis, len(batch.response_index), self._temperature)
+        self.ranks.sum_(start)
+        return start
 
     def _advantages(self, batch: FlatBatch, start: Tensor | None) -> AdvantageOutput:
         """One advantage per response, [G], from rewards with the KL term where it is placed there."""
@@ -222,6 +248,7 @@ class Learner:
         norms, losses = [], []
         for mini in minis:
             loss = accumulate(self.policy, self._optimizer, self._surrogate, inputs, mini, results, self._temperature)
+            self.ranks.sum_(loss)
             losses.append(float(loss))
             norms.append(self._optimizer.step(lr) if math.isfinite(losses[-1]) else math.nan)
             if not math.isfinite(norms[-1]):
@@ -229,6 +256,7 @@ class Learner:
                 if backup is not None:
                     self._optimizer.restore(backup)
                 break
+        results.sum_(self.ranks)
         return results.cpu(), norms, sum(losses) / len(losses)
 
     def _settle(self, applied: bool, metrics: Metrics, responses: int) -> bool:

@@ -12,6 +12,7 @@ from rlsys.algo.diagnostics import flag_fractions, weight_diagnostics
 from rlsys.algo.importance import segment_sum
 from rlsys.algo.staleness import Staleness
 from rlsys.learning.batch import FlatBatch
+from rlsys.learning.ranks import Ranks
 
 Metrics = dict[str, float | None]
 
@@ -49,6 +50,16 @@ class TokenResults:
         for name, value in values.items():
             getattr(self, name)[index] = value
         self.clamped.add_(clamped)
+
+    def sum_(self, ranks: Ranks) -> None:
+        """Enter what the other ranks have noted: a token is one rank's, and 0 on the others."""
+        if ranks.size == 1:
+            return
+        columns = [getattr(self, f.name) for f in fields(self) if f.name != "clamped"]
+        table = torch.stack([column.float() for column in columns])
+        ranks.sum_(table, self.clamped)
+        for column, values in zip(columns, table, strict=True):
+            column.copy_(values)
 
     def cpu(self) -> "TokenResults":
         """The same results on the CPU."""

@@ -11,9 +11,11 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from rlsys.config.schema import LearnerConfig
 from rlsys.errors import CheckpointError
+from rlsys.learning.ranks import ALONE, Ranks
 
 
 def learning_rate(config: LearnerConfig, version: int) -> float:
@@ -30,10 +32,15 @@ def learning_rate(config: LearnerConfig, version: int) -> float:
 
 
 class Optimizer:
-    """Accumulate micro-batch gradients with `collect`, then `step` or nothing."""
+    """Accumulate micro-batch gradients with `collect`, then `step` or nothing.
 
-    def __init__(self, model: nn.Module, config: LearnerConfig) -> None:
+    With several ranks gradients are summed before the norm is taken. Parameters that are divided among them have
+    moments and masters divided likewise.
+    """
+
+    def __init__(self, model: nn.Module, config: LearnerConfig, ranks: Ranks = ALONE) -> None:
         self._clip = config.grad_clip
+        self._ranks = ranks
         self._named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         self._masters = [p if p.dtype == torch.float32 else nn.Parameter(p.detach().float()) for _, p in self._named]
         self._adamw = torch.optim.AdamW(
@@ -55,7 +62,8 @@ class Optimizer:
 
         A norm that is not finite leaves parameters and moments as they are; the gradients are gone either way.
         """
-        norm = float(nn.utils.clip_grad_norm_(self._masters, self._clip))
+        self._ranks.sum_gradients(self._masters)
+        norm = _number(nn.utils.clip_grad_norm_(self._masters, self._clip))
         if math.isfinite(norm):
             self._adamw.param_groups[0]["lr"] = lr
             self._adamw.step()
@@ -79,7 +87,7 @@ class Optimizer:
 
     @torch.no_grad()
     def load_state(self, tensors: Mapping[str, Tensor]) -> None:
-        """Continue from `state()`. Raises CheckpointError when names or shapes are another model's."""
+        """Continue from `state()`, or from the same gathered. Raises CheckpointError for another model's."""
         moments: dict[str, dict[str, Tensor]] = {}
         for key, value in tensors.items():
             name, _, kind = key.rpartition("/")
@@ -94,9 +102,11 @@ class Optimizer:
                         f"{name}/{kind}: shape {tuple(value.shape)}, expected {tuple(parameter.shape)}"
                     )
             if master is not parameter and "master" in mine:
-                master.copy_(mine["master"])
+                master.copy_(self._ranks.share(mine["master"], master))
             self._adamw.state[master] = {
-                kind: value.to(master.device, copy=True) for kind, value in mine.items() if kind != "master"
+                kind: (value if kind == "step" else self._ranks.share(value, master)).to(master.device, copy=True)
+                for kind, value in mine.items()
+                if kind != "master"
             }
         self._publish()
 
@@ -119,3 +129,8 @@ class Optimizer:
         for (_, parameter), master in zip(self._named, self._masters, strict=True):
             if master is not parameter:
                 parameter.copy_(master)
+
+
+def _number(norm: Tensor) -> float:
+    """A norm whose parts may lie with several ranks."""
+    return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)

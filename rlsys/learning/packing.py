@@ -14,6 +14,7 @@ so sharing prefixes changes no result, only the work: eight short samples of one
 import heapq
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
@@ -84,13 +85,14 @@ _TENSORS = ("input_ids", "position_ids", "subtree_end", "predictors", "token_ids
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Packing:
-    """All micro-batches of a batch, and what packing saved.
+    """The micro-batches of a batch, or of one rank's share of it, and what packing saved.
 
-    `fed_tokens`: columns that hold a token; `padded_tokens`: all columns; `sequence_tokens`: prompt plus
-    response tokens as if every response were fed alone.
+    Of the whole batch are: `passes`, the number of micro-batches; `fed_tokens`, columns that hold a token;
+    `padded_tokens`, all columns; `sequence_tokens`, prompt plus response tokens as if every response were fed alone.
     """
 
     micro_batches: tuple[Packed, ...]
+    passes: int
     fed_tokens: int
     padded_tokens: int
     sequence_tokens: int
@@ -118,25 +120,32 @@ class _Tree:
 
 
 def pack(
-    sequences: Sequences, *, row_tokens: int, micro_batch_tokens: int, members: Iterable[int] | None = None
+    sequences: Sequences,
+    *,
+    row_tokens: int,
+    micro_batch_tokens: int,
+    members: Iterable[int] | None = None,
+    rank: int = 0,
+    ranks: int = 1,
 ) -> Packing:
     """Pack the responses `members` (None: all) into rows, and rows into micro-batches.
 
-    Rows have at most max(row_tokens, longest tree) columns. Empty responses take part in nothing. Raises
+    Rows have at most max(row_tokens, longest tree) columns. Empty responses take part in nothing. Of several `ranks`
+    each gets as many rows, which are equally long, in as many micro-batches; a row may be empty. Raises
     ValueError for an empty prompt (nothing predicts the first token).
     """
     chosen = range(len(sequences.responses)) if members is None else [int(m) for m in members]
     trees = [tree for group in _by_prompt(sequences, chosen) for tree in _trees(sequences, group, row_tokens)]
-    rows, width = _rows(trees, row_tokens)
+    rows, width = _rows(trees, row_tokens, ranks)
     offsets = sequences.offsets()
-    per_pass = max(1, micro_batch_tokens // width)
-    passes = -(-len(rows) // per_pass)
-    chunks = [rows[i * len(rows) // passes : (i + 1) * len(rows) // passes] for i in range(passes)]
-    micro_batches = tuple(_materialise(chunk, width, sequences, offsets) for chunk in chunks)
+    share = len(rows) // ranks
+    passes = -(-share // max(1, micro_batch_tokens // width))
+    edges = [rank * share + i * share // max(passes, 1) for i in range(passes + 1)]
     return Packing(
-        micro_batches=micro_batches,
-        fed_tokens=sum(m.filled for m in micro_batches),
-        padded_tokens=sum(m.input_ids.numel() for m in micro_batches),
+        micro_batches=tuple(_materialise(rows[a:b], width, sequences, offsets) for a, b in pairwise(edges)),
+        passes=passes * ranks,
+        fed_tokens=sum(len(tree.ids) for tree in trees),
+        padded_tokens=len(rows) * width,
         sequence_tokens=sum(
             len(sequences.prompts[sequences.prompt_of[i]]) + len(sequences.responses[i]) for i in chosen
         ),
@@ -211,25 +220,30 @@ def _common_prefix(left: IntArray, right: IntArray) -> int:
     return first if differs[first] else shorter
 
 
-def _rows(trees: list[_Tree], row_tokens: int) -> tuple[list[list[_Tree]], int]:
-    """Rows and their common width, at most max(row_tokens, longest tree), with little padding.
+def _rows(trees: list[_Tree], row_tokens: int, ranks: int) -> tuple[list[list[_Tree]], int]:
+    """Rows, a multiple of `ranks`, and their common width, at most max(row_tokens, longest tree), with little padding.
 
     For a given number of rows the longest tree left goes to the emptiest row (Graham's rule), which evens them
     out; of the first few numbers of rows that keep to the width the one with the least padding is taken.
     """
     sizes = [len(t.ids) for t in trees]
     limit = max([row_tokens, *sizes])
-    count = -(-sum(sizes) // limit)
+    most = _up(len(trees), ranks)
+    count = _up(-(-sum(sizes) // limit), ranks)
     fitting: list[tuple[int, list[list[_Tree]], int]] = []
     while trees and len(fitting) < TRIES:
         rows, width = _even_rows(trees, count)
         if width <= limit:
             fitting.append((count * width, rows, width))
-        if count >= len(trees):
+        if count >= most:
             break
-        count = min(max(count + 1, count * 51 // 50), len(trees))
+        count = min(_up(max(count + 1, count * 51 // 50), ranks), most)
     _, rows, width = min(fitting, key=lambda found: found[0], default=(0, [], 1))
     return rows, width
+
+
+def _up(number: int, multiple: int) -> int:
+    return -(-number // multiple) * multiple
 
 
 def _even_rows(trees: list[_Tree], count: int) -> tuple[list[list[_Tree]], int]:
@@ -260,16 +274,19 @@ def _materialise(rows: list[list[_Tree]], width: int, sequences: Sequences, offs
             start = stop
         filled += start
     order = sorted(predictors)
-    lengths = [len(predictors[i]) for i in order]
-    tokens = np.concatenate([sequences.responses[i] for i in order]).astype(np.int64)
+    lengths = np.asarray([len(predictors[i]) for i in order], dtype=np.int64)
     return Packed(
         input_ids=torch.from_numpy(ids),
         position_ids=torch.from_numpy(depth),
         subtree_end=torch.from_numpy(end),
-        predictors=torch.from_numpy(np.concatenate([predictors[i] for i in order])),
-        token_ids=torch.from_numpy(tokens),
+        predictors=_flat([predictors[i] for i in order]),
+        token_ids=_flat([sequences.responses[i] for i in order]),
         response_index=torch.from_numpy(np.repeat(np.arange(len(order)), lengths)),
         responses=np.asarray(order, dtype=np.int64),
-        token_index=torch.from_numpy(np.concatenate([np.arange(offsets[i], offsets[i + 1]) for i in order])),
+        token_index=_flat([np.arange(offsets[i], offsets[i + 1]) for i in order]),
         filled=filled,
     )
+
+
+def _flat(parts: Sequence[np.ndarray]) -> Tensor:
+    return torch.from_numpy(np.concatenate([np.empty(0, dtype=np.int64), *parts]))

@@ -1,14 +1,14 @@
 """A causal language model as the learner sees it: packed tokens in, log-probabilities out."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
@@ -29,16 +29,18 @@ class TokenOutput(NamedTuple):
     entropy: Tensor
 
 
-@dataclass(frozen=True, slots=True)
-class Policy:
+class Policy(nn.Module):
     """A Hugging Face causal LM.
 
     `direct_head`: logits are the output embedding of the decoder's last state, so that they need only be
     computed where a response token is predicted. Models that do more (soft caps, scales) get a full forward.
+    It is a module because `fully_shard` hooks into one: `forward` is everything that touches a parameter.
     """
 
-    model: PreTrainedModel
-    direct_head: bool
+    def __init__(self, model: PreTrainedModel, direct_head: bool) -> None:
+        super().__init__()
+        self.model = model
+        self.direct_head = direct_head
 
     @property
     def device(self) -> torch.device:
@@ -59,13 +61,25 @@ class Policy:
             "attention_mask": _additive(packed.mask(), self.model.dtype),
             "use_cache": False,
         }
+        output: TokenOutput = self(inputs, packed.predictors, packed.token_ids, temperature, with_entropy)
+        return output
+
+    def forward(
+        self,
+        inputs: Mapping[str, Tensor | bool],
+        predictors: Tensor,
+        token_ids: Tensor,
+        temperature: float,
+        with_entropy: bool,
+    ) -> TokenOutput:
+        """`token_logprobs` of tokens that are predicted at the flat places `predictors` [N] of the model's `inputs`."""
         if not self.direct_head:
-            logits = self.model(**inputs).logits.flatten(0, 1)[packed.predictors]
+            logits = self.model(**inputs).logits.flatten(0, 1)[predictors]
             measured = entropy(logits, temperature) if with_entropy else logits.new_empty(0)
-            return TokenOutput(token_logprobs(logits, packed.token_ids, temperature), measured)
+            return TokenOutput(token_logprobs(logits, token_ids, temperature), measured)
         states = self.model.base_model(**inputs).last_hidden_state
-        states = states.flatten(0, 1).index_select(0, packed.predictors)
-        return self._head(states, packed.token_ids, temperature, with_entropy)
+        states = states.flatten(0, 1).index_select(0, predictors)
+        return self._head(states, token_ids, temperature, with_entropy)
 
     def _head(self, states: Tensor, token_ids: Tensor, temperature: float, with_entropy: bool) -> TokenOutput:
         """Output head over chunks of tokens. states: [N, H], token_ids: [N]."""
@@ -89,20 +103,20 @@ class Policy:
 
     def named_tensors(self) -> Iterator[tuple[str, Tensor]]:
         """(Hugging Face name, tensor) of every parameter and saved buffer; tied ones once, under their first name."""
-        seen: set[tuple[int, int, tuple[int, ...]]] = set()
-        for name, tensor in self.model.state_dict().items():
+        seen: set[Hashable] = set()
+        for name, tensor in self.model.state_dict(keep_vars=True).items():
             if (key := _storage(tensor)) not in seen:
                 seen.add(key)
-                yield name, tensor
+                yield name, tensor.detach()
 
     def tied_names(self) -> Mapping[str, str]:
         """Names that `named_tensors` leaves out, each with the name it shares its tensor with.
 
         With tied embeddings: {"lm_head.weight": "model.embed_tokens.weight"}.
         """
-        first: dict[tuple[int, int, tuple[int, ...]], str] = {}
+        first: dict[Hashable, str] = {}
         tied = {}
-        for name, tensor in self.model.state_dict().items():
+        for name, tensor in self.model.state_dict(keep_vars=True).items():
             original = first.setdefault(_storage(tensor), name)
             if original != name:
                 tied[name] = original
@@ -204,5 +218,8 @@ def _disable_dropout(model: PreTrainedModel) -> None:
                 setattr(module, name, 0.0)
 
 
-def _storage(tensor: Tensor) -> tuple[int, int, tuple[int, ...]]:
+def _storage(tensor: Tensor) -> Hashable:
+    """What two names of one tensor have in common. A sharded one is told by itself: its shard here may be empty."""
+    if isinstance(tensor, DTensor):
+        return id(tensor)
     return tensor.untyped_storage().data_ptr(), int(tensor.storage_offset()), tuple(tensor.shape)

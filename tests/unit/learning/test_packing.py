@@ -126,3 +126,29 @@ def test_empty_responses_take_no_part_and_an_empty_prompt_is_refused():
             row_tokens=8,
             micro_batch_tokens=8,
         )
+
+
+@settings(max_examples=60, deadline=None)
+@given(groups, st.integers(2, 4), st.integers(1, 64))
+def test_ranks_share_the_rows_evenly_and_lose_no_token(drawn, ranks: int, micro_batch_tokens: int) -> None:
+    sequences = sequences_of(drawn)
+    shares = [
+        pack(sequences, row_tokens=8, micro_batch_tokens=micro_batch_tokens, rank=rank, ranks=ranks)
+        for rank in range(ranks)
+    ]
+    micros = [micro for share in shares for micro in share.micro_batches]
+    assert sorted(k for micro in micros for k in micro.token_index.tolist()) == list(range(sequences.offsets()[-1]))
+    assert len({len(share.micro_batches) for share in shares}) == 1, "collectives need as many passes everywhere"
+    assert len({sum(len(micro.input_ids) for micro in share.micro_batches) for share in shares}) == 1
+    for share in shares:
+        assert share.passes == len(micros)
+        assert share.fed_tokens == sum(micro.filled for micro in micros)
+        assert share.padded_tokens == sum(micro.input_ids.numel() for micro in micros)
+
+
+def test_a_rank_without_a_tree_gets_an_empty_row() -> None:
+    sequences = sequences_of([([1, 2], [[3, 4]])])
+    first, second = (pack(sequences, row_tokens=8, micro_batch_tokens=64, rank=r, ranks=2) for r in range(2))
+    (full,), (empty,) = first.micro_batches, second.micro_batches
+    assert (full.filled, empty.filled, len(empty.token_ids)) == (3, 0, 0)
+    assert empty.input_ids.shape == full.input_ids.shape
