@@ -109,6 +109,7 @@ class Bench:
         from rlsys.actors.process import assign_cores, settle
         from rlsys.control import remote
         from rlsys.control.build import start_actors
+        from rlsys.control.learner import RemoteLearner
         from rlsys.control.preflight import load_prompts
         from rlsys.observability.run_directory import RunDirectory
 
@@ -134,7 +135,7 @@ class Bench:
         self.idle: list[float] = []
         self.paused: list[float] = []
         fleet = self.fleet
-        ready = [fleet.learner.version.remote(), *(w.stats.remote() for w in fleet.rollouts.values())]
+        ready = [RemoteLearner(fleet.learner).load(), *(w.stats.remote() for w in fleet.rollouts.values())]
         asyncio.run(remote.all_ready(ready))
         for name, handle in fleet.rollouts.items():
             asyncio.run(remote.all_ready([fleet.weights.add.remote(name, handle)]))
@@ -185,8 +186,9 @@ class Bench:
 
     def learner(self) -> float:
         """Responses trained per second by the learner alone, on a batch the actors just made."""
+        from rlsys.control.learner import RemoteLearner
         from rlsys.control.ports import FinishedGroup
-        from rlsys.control.remote import RemoteLearner, RemoteReference, RemoteRewards
+        from rlsys.control.remote import RemoteReference, RemoteRewards
 
         async def prepare() -> tuple[list[FinishedGroup], Any]:
             rewards = RemoteRewards(self.fleet.rewards)

@@ -1,6 +1,8 @@
-"""The learner actor: one optimizer step a call, and the weights each step made."""
+"""The learner actor, one for each rank: one optimizer step a call, and the weights each step made."""
 
+import socket
 import time
+from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +15,6 @@ from rlsys.actors.process import settle
 from rlsys.config.schema import RunConfig
 from rlsys.observability.spans import Span, SpanLog
 from rlsys.records import BatchArrays, FloatArray, GroupScore, LearnerStep, ScoredGroup
-from rlsys.versions import PolicyVersion
 from rlsys.weights.transport import WeightTicket
 
 if TYPE_CHECKING:
@@ -22,40 +23,62 @@ if TYPE_CHECKING:
 
 @ray.remote(concurrency_groups={"control": 1})
 class LearnerActor:
-    """Holds the learner and the buffer its parameters are published from."""
+    """Holds the learner, or one rank of it, and on the first rank the buffer its parameters are published from.
 
-    def __init__(self, path: str, config: RunConfig, resume: Path | None) -> None:
-        on_gpu = config.resources.learner_gpus > 0
-        threads = config.resources.learner_threads
-        settle("learner", config, on_gpu=on_gpu)
+    Every rank gets every call but `meet`, and the first one's answers count: what the others know is the same.
+    """
+
+    def __init__(self, path: str, config: RunConfig, resume: Path | None, rank: int = 0) -> None:
+        self._on_gpu = config.resources.learner_gpus > 0
+        settle("learner", config, index=rank, on_gpu=self._on_gpu)
+        self._path, self._config, self._resume, self._rank = path, config, resume, rank
+        self._host = ray.util.get_node_ip_address()
+        self._listener: socket.socket | None = None
+        self._spans = SpanLog()
+        self._tickets: list[WeightTicket] = []
+
+    def meet(self) -> str:
+        """Where the ranks find each other, address:port: the first rank's node, a free port."""
+        from rlsys.learning.ranks import listen
+
+        self._listener = listen(self._host)
+        return f"{self._host}:{self._listener.getsockname()[1]}"
+
+    def load(self, meeting: str | None) -> None:
+        """Find the other ranks, if there are any, and load the policy."""
         import torch
 
         from rlsys.learning.checkpoint import load
         from rlsys.learning.learner import Learner
+        from rlsys.learning.ranks import ALONE, join
         from rlsys.weights.buffer import WeightPacker
         from rlsys.weights.transport import ObjectStoreTransport
 
-        torch.set_num_threads(threads)
+        config, ranks, device = self._config, ALONE, "cuda" if self._on_gpu else "cpu"
+        torch.set_num_threads(config.resources.learner_threads)
         torch.manual_seed(config.seed)
-        self._learner = Learner.of(config, resume or path, device="cuda" if on_gpu else "cpu")
-        if resume is not None:
-            self._learner.load_state(load(resume).state)
-        self._path, self._run, self._keep = path, config.path, config.checkpoint.keep
-        self._packer = WeightPacker(
-            self._learner.named_tensors(),
-            dtype=config.rollout.dtype,
-            vocab_size=self._learner.policy.vocab_size,
-        )
-        self._exact_packer = None
-        if config.probe.fraction and config.rollout.dtype != config.model.dtype:
-            self._exact_packer = WeightPacker(
-                self._learner.named_tensors(),
-                dtype=config.model.dtype,
-                vocab_size=self._learner.policy.vocab_size,
+        if meeting is not None:
+            ranks = join(
+                self._rank,
+                config.learner.ranks,
+                meeting=meeting,
+                host=self._host,
+                timeout_s=config.learner.rank_timeout_s,
+                listener=self._listener,
+                sharding=config.learner.sharding,
+                device=device,
             )
+        self._learner = Learner.of(config, self._resume or self._path, device=device, ranks=ranks)
+        if self._resume is not None:
+            self._learner.load_state(load(self._resume).state)
+        dtypes = [config.rollout.dtype]
+        if config.probe.fraction and config.rollout.dtype != config.model.dtype:
+            dtypes.append(config.model.dtype)
+        policy = self._learner.policy
+        self._packers = [
+            WeightPacker(policy.named_tensors(), dtype=dtype, vocab_size=policy.vocab_size) for dtype in dtypes
+        ]
         self._transport = ObjectStoreTransport()
-        self._spans = SpanLog()
-        self._tickets: list[WeightTicket] = []
 
     def update(
         self,
@@ -63,18 +86,22 @@ class LearnerActor:
         reference: Sequence[FloatArray] | None,
         places: Sequence[Place],
         *bundles: Bundle,
-    ) -> tuple[LearnerStep, WeightTicket, BatchArrays]:
+    ) -> tuple[LearnerStep, WeightTicket | None, BatchArrays | None]:
         """One optimizer step. Call with `num_returns=3`: the arrays stay in the object store."""
         batch = [ScoredGroup(group=g, score=s) for g, s in zip(select(places, bundles), scores, strict=True)]
         with self._spans.span("step", version=self._learner.version, responses=sum(len(s.rewards) for s in scores)):
             update = self._learner.update(batch, reference)
-        return update.step, self.publish(), update.arrays
+        return update.step, self.publish(), update.arrays if self._rank == 0 else None
 
-    def publish(self) -> WeightTicket:
-        """The current version in the object store."""
-        with self._spans.span("publish", version=self._learner.version, bytes=self._packer.nbytes):
-            exact = None if self._exact_packer is None else self._send(self._exact_packer)
-            ticket = replace(self._send(self._packer), exact=exact)
+    def publish(self) -> WeightTicket | None:
+        """The current version in the object store; the other ranks only help to gather it."""
+        with self._spans.span("publish", version=self._learner.version, bytes=self._packers[0].nbytes):
+            if self._rank > 0:
+                for _ in self._packers:
+                    deque(self._learner.named_tensors(), maxlen=0)
+                return None
+            ticket, *exact = [self._send(packer) for packer in self._packers]
+            ticket = replace(ticket, exact=exact[0] if exact else None)
         self._tickets = [*self._tickets[-1:], ticket]  # the store keeps what somebody may still fetch
         return ticket
 
@@ -89,14 +116,10 @@ class LearnerActor:
         from rlsys.learning.checkpoint import prune, save
 
         save(directory, self._learner, tokenizer_from=self._path, extra=extra)
-        prune(self._run, self._keep)
+        if self._rank == 0:
+            prune(self._config.path, self._config.checkpoint.keep)
 
     @ray.method(concurrency_group="control")
     def spans(self) -> list[Span]:
         """What it did since the last call."""
         return self._spans.take()
-
-    @ray.method(concurrency_group="control")
-    def version(self) -> PolicyVersion:
-        """Batches applied so far; also tells that the actor is ready."""
-        return self._learner.version

@@ -18,6 +18,7 @@ from rlsys.actors.rollout import RolloutActor
 from rlsys.actors.weight_sync import WeightSyncActor
 from rlsys.config.schema import RunConfig
 from rlsys.control import remote
+from rlsys.control.learner import RemoteLearner
 from rlsys.control.loop import TrainingLoop
 from rlsys.control.ports import Journal, Parts
 from rlsys.control.preflight import load_prompts
@@ -31,7 +32,7 @@ from rlsys.tasks import PromptSource
 class Fleet:
     """Handles of a run's actors."""
 
-    learner: ActorHandle
+    learner: list[ActorHandle]
     weights: ActorHandle
     rollouts: dict[str, ActorHandle]
     rewards: list[ActorHandle]
@@ -43,7 +44,8 @@ class Fleet:
     @property
     def roles(self) -> dict[str, ActorHandle]:
         """Every actor, by the name it has in the trace."""
-        found = {"learner": self.learner, **self.rollouts}
+        found = {f"learner-{rank}" if rank else "learner": handle for rank, handle in enumerate(self.learner)}
+        found |= self.rollouts
         found |= {f"reward-{i}": handle for i, handle in enumerate(self.rewards)}
         optional = {"reference": self.reference, "probe": self.probe, "audit": self.audit}
         return found | {name: h for name, h in optional.items() if h is not None} | {"recorder": self.recorder}
@@ -65,7 +67,10 @@ def start_actors(config: RunConfig, path: str, resume: Path | None, version: int
         for i in range(config.rollout.workers)
     }
     fleet = Fleet(
-        learner=LearnerActor.options(num_cpus=1, num_gpus=resources.learner_gpus).remote(path, config, resume),  # type: ignore[attr-defined]
+        learner=[
+            LearnerActor.options(num_cpus=1, num_gpus=resources.learner_gpus).remote(path, config, resume, rank)  # type: ignore[attr-defined]
+            for rank in range(config.learner.ranks)
+        ],
         weights=WeightSyncActor.options(num_cpus=0).remote(config),  # type: ignore[attr-defined]
         rollouts=rollouts,
         rewards=[RewardActor.options(num_cpus=0).remote(config) for _ in range(config.reward.workers)],  # type: ignore[attr-defined]
@@ -86,7 +91,7 @@ async def build(config: RunConfig, path: str, resume: Path | None) -> tuple[Trai
     version = int(trainer_state.get("version", 0))
     fleet = start_actors(config, path, resume, version)
     prompts = await asyncio.to_thread(load_prompts, config, path)
-    ready = [fleet.learner.version.remote(), *(worker.stats.remote() for worker in fleet.rollouts.values())]
+    ready = [RemoteLearner(fleet.learner).load(), *(worker.stats.remote() for worker in fleet.rollouts.values())]
     ready += [handle.ready.remote() for handle in (fleet.reference, fleet.probe, fleet.audit) if handle is not None]
     await remote.all_ready(ready)
     for name, handle in fleet.rollouts.items():
@@ -120,7 +125,7 @@ def connect(fleet: Fleet, prompts: PromptSource, journal: Journal) -> Parts:
         rollouts={name: remote.RemoteRollout(handle) for name, handle in fleet.rollouts.items()},
         rewards=remote.RemoteRewards(fleet.rewards),
         reference=remote.RemoteReference(fleet.reference) if fleet.reference is not None else None,
-        learner=remote.RemoteLearner(fleet.learner),
+        learner=RemoteLearner(fleet.learner),
         weights=remote.RemoteWeights(fleet.weights),
         recorder=remote.RemoteRecorder(fleet.recorder),
         journal=journal,

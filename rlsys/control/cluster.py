@@ -51,7 +51,7 @@ def _start(config: RunConfig, scratch: str) -> None:
         try:
             ray.init(
                 address="local",
-                num_cpus=max(len(os.sched_getaffinity(0)), config.rollout.workers + 1),
+                num_cpus=max(len(os.sched_getaffinity(0)), config.rollout.workers + config.learner.ranks),
                 object_store_memory=int(config.resources.object_store_gib * (1 << 30)),
                 include_dashboard=False,
                 log_to_driver=False,
@@ -95,14 +95,14 @@ def _require_room(config: RunConfig) -> None:
     import ray
 
     have = ray.cluster_resources()
-    resources = config.resources
+    resources, workers, ranks = config.resources, config.rollout.workers, config.learner.ranks
     need = {
-        "CPU": float(config.rollout.workers + 1),
-        "GPU": resources.learner_gpus + resources.reference_gpus + config.rollout.workers * resources.rollout_gpus,
+        "CPU": float(workers + ranks),
+        "GPU": ranks * resources.learner_gpus + resources.reference_gpus + workers * resources.rollout_gpus,
     }
     for kind, amount in need.items():
         if have.get(kind, 0.0) < amount:
             raise ClusterError(
                 f"the cluster has {have.get(kind, 0.0):g} {kind}, the run needs {amount:g} "
-                f"(rollout.workers={config.rollout.workers} and a learner); lower rollout.workers or add nodes"
+                f"(rollout.workers={workers}, learner.ranks={ranks}); lower these or add nodes"
             )

@@ -4,7 +4,6 @@ import asyncio
 import itertools
 import secrets
 from collections.abc import Coroutine, Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import ray
@@ -13,7 +12,7 @@ from ray.exceptions import ActorDiedError, ActorUnavailableError, RayTaskError
 
 from rlsys.actors.bundle import Place
 from rlsys.actors.rollout import Request, RolloutStats
-from rlsys.control.ports import FinishedGroup, FleetStats, Payload, Update, WorkerLost
+from rlsys.control.ports import FinishedGroup, FleetStats, Payload, WorkerLost
 from rlsys.errors import RlsysError
 from rlsys.observability.spans import Span
 from rlsys.records import GroupScore, GroupSummary, Prompt
@@ -194,30 +193,6 @@ class RemoteReference:
         """See `ReferencePort`."""
         places, bundles = places_in(payloads)
         return self._handle.score.remote(places, *bundles)
-
-
-class RemoteLearner:
-    """The learner actor."""
-
-    def __init__(self, handle: ActorHandle) -> None:
-        self._handle = handle
-
-    async def update(self, batch: Sequence[FinishedGroup], reference: Payload | None) -> Update:
-        """See `LearnerPort`."""
-        places, bundles = places_in([group.payload for group in batch])
-        step, ticket, arrays = self._handle.update.options(num_returns=3).remote(
-            [group.score for group in batch], reference, places, *bundles
-        )
-        return Update(step=await call(step), ticket=await call(ticket), arrays=arrays)
-
-    async def publish(self) -> WeightTicket:
-        """See `LearnerPort`."""
-        ticket: WeightTicket = await call(self._handle.publish.remote())
-        return ticket
-
-    async def save(self, directory: Path, extra: Mapping[str, Any]) -> None:
-        """See `LearnerPort`."""
-        await call(self._handle.save.remote(directory, extra))
 
 
 class RemoteWeights:

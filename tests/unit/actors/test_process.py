@@ -41,6 +41,24 @@ def test_cores_are_assigned_by_role(
     assert assign_cores(cores, role, index=index, learner=learner, rollouts=2) == expected
 
 
+@pytest.mark.parametrize(
+    ("cores", "learner", "expected"),
+    [
+        ([0, 1, 2], 1, ([1], [2], [0], [1, 2])),
+        ([0, 1, 2, 3, 4, 5], 2, ([2, 3], [4, 5], [0], [1, 2, 3, 4, 5])),
+        # too few: all share them
+        ([0, 1], 1, ([0, 1], [0, 1], [0, 1], [0, 1])),
+    ],
+)
+def test_each_learner_rank_has_cores_of_its_own(
+    cores: list[int], learner: int, expected: tuple[list[int], ...]
+) -> None:
+    """Two ranks, one rollout worker, and the others."""
+    processes: list[tuple[Role, int]] = [("learner", 0), ("learner", 1), ("rollout", 0), ("other", 0)]
+    found = [assign_cores(cores, role, index=index, learner=learner, ranks=2) for role, index in processes]
+    assert found == list(expected)
+
+
 @pytest.mark.parametrize("count", range(2, 9))
 def test_no_rollout_worker_gets_the_core_of_the_learner(count: int) -> None:
     cores = list(range(count))

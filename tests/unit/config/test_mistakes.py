@@ -35,6 +35,18 @@ MISTAKES = {
         ["resources.pin_cores=1"],
         "resources.pin_cores=1: must be true or false",
     ),
+    "nothing to divide": (
+        ["learner.sharding=fsdp"],
+        "learner.sharding='fsdp': needs ranks of at least 2: one rank holds everything",
+    ),
+    "more ranks than groups": (
+        ["learner.ranks=9", "rollout.prompts_per_step=8"],
+        "learner.ranks=9: must not exceed rollout.prompts_per_step=8: the others would have no work",
+    ),
+    "two ranks on one GPU": (
+        ["learner.ranks=2", "resources.learner_gpus=0.5"],
+        "resources.learner_gpus=0.5: must be a whole number with learner.ranks=2: ranks cannot share a GPU (NCCL)",
+    ),
     "a learning rate in words": (
         ["learner.lr=small"],
         "learner.lr='small': must be a number",
