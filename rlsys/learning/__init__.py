@@ -5,6 +5,7 @@ warmstart    its supervised phase, cached
 packing      ragged sequences -> dense rows, no prefix computed twice
 policy       a Hugging Face causal LM: packed tokens in, log-probabilities out
 batch        scored groups -> flat token arrays, and back to arrays per response
+ranks        several processes that share a batch and remain one learner
 optimizer    AdamW on float32 masters, with a guard against non-finite gradients
 surrogate    objective, correction and KL as one loss
 gradient     a mini-batch's gradient, micro-batch by micro-batch

@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -106,11 +107,13 @@ def publish(ranks: Ranks, path: Path, options: Options, batches: list[Batch], dt
     return found
 
 
-def leave(ranks: Ranks, path: Path, options: Options, batch: Batch, leaver: int) -> str:
-    """An update in which one rank is gone without a word; what the other one says."""
-    learner = learner_on(path, options, ranks)
-    if ranks.rank == leaver:
-        os._exit(1)
+def desert(ranks: Ranks, path: Path, batch: Batch, how: str) -> str:
+    """An update in which the second rank "dies" or "hangs"; what the first one says of it."""
+    learner = learner_on(path, {}, ranks)
+    if ranks.rank == 1:
+        if how == "dies":
+            os._exit(1)
+        time.sleep(1e6)
     try:
         learner.update(*batch)
     except RuntimeError as error:
@@ -152,7 +155,7 @@ def pair(timeout_s: float = 120.0) -> Iterator[Pair]:
             process.start()
         for _, there in ends:
             there.close()
-        meeting = ends[0][0].recv()
+        meeting, _ = [here.recv() for here, _ in ends]  # both are up: waiting for one another starts now
         for here, _ in ends:
             here.send(meeting)
         yield Pair([here for here, _ in ends], list(processes))
@@ -164,10 +167,8 @@ def pair(timeout_s: float = 120.0) -> Iterator[Pair]:
 
 def _serve(rank: int, connection: Connection, timeout_s: float) -> None:
     torch.set_num_threads(1)
-    listener = None
-    if rank == 0:
-        listener = listen(HOST)
-        connection.send(f"{HOST}:{listener.getsockname()[1]}")
+    listener = listen(HOST) if rank == 0 else None
+    connection.send(listener and f"{HOST}:{listener.getsockname()[1]}")
     meeting = connection.recv()
     join(rank, 2, meeting=meeting, host=HOST, timeout_s=timeout_s, listener=listener)
     while True:
