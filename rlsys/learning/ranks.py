@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from rlsys.config.schema import Sharding
@@ -52,18 +52,14 @@ class Ranks:
         """Divide the parameters, layer by layer, and move them to `device`; gradients will arrive summed."""
         if not self.sharded:
             return
-        options = {
-            "mesh": init_device_mesh(self.device, (self.size,)),
-            "mp_policy": MixedPrecisionPolicy(reduce_dtype=torch.float32),
-        }
-        layers = set(policy.model._no_split_modules or ())
-        for module in [m for m in policy.modules() if type(m).__name__ in layers]:
-            fully_shard(module, **options)
-        fully_shard(policy, **options)
-        for module in policy.modules():
-            if isinstance(module, FSDPModule):
-                module.set_gradient_divide_factor(1.0)
-                module.set_force_sum_reduction_for_comms(True)
+        mesh = init_device_mesh(self.device, (self.size,))
+        precision = MixedPrecisionPolicy(reduce_dtype=torch.float32)
+        names = set(policy.model._no_split_modules or ())
+        layers = [module for module in policy.modules() if type(module).__name__ in names]
+        for module in [*layers, policy]:
+            divided = fully_shard(module, mesh=mesh, mp_policy=precision)
+            divided.set_gradient_divide_factor(1.0)
+            divided.set_force_sum_reduction_for_comms(True)
 
     def sum_(self, *tensors: Tensor) -> None:
         """Replace each by its sum over the ranks, the same bits on all of them."""
@@ -124,7 +120,7 @@ def join(
         os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
     timeout = timedelta(seconds=timeout_s)
     try:
-        store = dist.TCPStore(
+        store = dist.TCPStore(  # type: ignore[attr-defined]
             address,
             int(port),
             size,

@@ -11,14 +11,14 @@ from ray.exceptions import ActorDiedError
 
 from rlsys.control.learner import GRACE_S, RemoteLearner
 from rlsys.errors import ClusterError, NonFiniteError
-from tests.fakes import now, run
+from tests.fakes import make_ticket, now, run
 
 Answer = Callable[[], Coroutine[Any, Any, Any]]
 
 
 def learner(*answers: Answer) -> RemoteLearner:
     """Ranks that answer `publish` and `save` like this."""
-    return RemoteLearner([SimpleNamespace(publish=remote(a), save=remote(a)) for a in answers])  # type: ignore[misc]
+    return RemoteLearner([SimpleNamespace(publish=remote(a), save=remote(a)) for a in answers])
 
 
 def remote(answer: Answer) -> SimpleNamespace:
@@ -51,7 +51,7 @@ async def seconds_until(work: Coroutine[Any, Any, Any], error: type[Exception], 
 def test_the_first_rank_answers_when_all_are_done() -> None:
     async def main() -> None:
         started = now()
-        assert await learner(after(1, "ticket"), after(5, None)).publish() == "ticket"
+        assert await learner(after(1, make_ticket(3)), after(5, None)).publish() == make_ticket(3)
         assert now() - started == 5
 
     run(main())
