@@ -72,6 +72,10 @@ class ControllerActor:
             accuracy={version: result.accuracy for version, result in progress.evaluations.items()},
         )
 
+    async def configuration(self) -> RunConfig:
+        """What the run was started with."""
+        return self._config
+
     async def stop(self) -> None:
         """Finish the step that is running, write a checkpoint, and let `run` return."""
         self._phase, self._stopping = "stopping", True
