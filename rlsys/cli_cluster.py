@@ -13,9 +13,10 @@ from rich.table import Table
 
 from rlsys.cli_view import err, number, out, print_json, run_table
 from rlsys.config import load_config
-from rlsys.errors import ClusterError, ConfigError
+from rlsys.errors import ClusterError, ConfigError, NoSuchRun
 
 if TYPE_CHECKING:
+    from rlsys.control.access import Access
     from rlsys.control.jobs import Job, Jobs
     from rlsys.control.runs import Live
 
@@ -85,18 +86,16 @@ def status(
     as_json: AsJson = False,
 ) -> None:
     """Where runs stand: phase, policy version, staleness, effective sample size, workers, prompts."""
-    from rlsys.control.access import connected, find_access
+    from rlsys.control.access import find_access
     from rlsys.control.jobs import Jobs
-    from rlsys.control.runs import look, names, unknown
+    from rlsys.control.runs import unknown
 
     access = find_access(address)
     jobs = {job.run: job for job in reversed(Jobs(access).all())}
-    with connected(access):
-        going_on = names()
-        if run is not None and run not in {*going_on, *jobs}:
-            raise ClusterError(unknown(run, [*going_on, *jobs]))
-        live = {name: look(name) for name in going_on if run in (None, name)}
+    live = _live(access)
     if run is not None:
+        if run not in {*live, *jobs}:
+            raise NoSuchRun(unknown(run, [*live, *jobs]))
         _show_one(run, live.get(run), jobs.get(run), as_json)
     elif as_json:
         print_json([_facts(name, live.get(name), jobs.get(name)) for name in sorted({*live, *jobs})])
@@ -177,7 +176,7 @@ def scale(
         runs.scale(run, rollout=rollout, reward=reward)
         if wait:
             with err.status(f"waiting for the workers of {run}"):
-                runs.wait_settled(run, wanted)
+                runs.wait_for_workers(run, wanted)
         now = runs.look(run).status
     if as_json:
         print_json({"run": run, "workers": {role: asdict(count) for role, count in now.workers.items()}})
@@ -254,7 +253,20 @@ def _job(jobs: "Jobs", name: str) -> "Job":
         return job
     if name in jobs.live_runs():
         raise ClusterError(f"run {name!r} was not submitted: its output is where `rlsys train` was started")
-    raise ClusterError(unknown(name, {job.run for job in jobs.all()}))
+    raise NoSuchRun(unknown(name, {job.run for job in jobs.all()}))
+
+
+def _live(access: "Access") -> "dict[str, Live]":
+    """The runs that go on; none and a note when nothing but the job server can be reached."""
+    from rlsys.control.access import connected
+    from rlsys.control.runs import look_at_all
+
+    try:
+        with connected(access):
+            return look_at_all()
+    except ClusterError as error:
+        err.print(f"only jobs are shown, not where they stand: {error}", markup=False, highlight=False, soft_wrap=True)
+        return {}
 
 
 def _show_one(run: str, live: "Live | None", job: "Job | None", as_json: bool) -> None:

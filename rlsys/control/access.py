@@ -44,10 +44,8 @@ class Access:
             return
         os.environ.pop("RAY_AUTH_TOKEN", None)  # it would win over the file
         os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN_PATH=str(self.local.token))
-        if "ray" in sys.modules:  # it read the mode when it was imported
-            from ray._raylet import Config
-
-            Config.initialize("")
+        if raylet := sys.modules.get("ray._raylet"):  # it read the mode when it was imported
+            raylet.Config.initialize("")
 
 
 def stay_on_loopback(yes: bool) -> None:
@@ -60,10 +58,8 @@ def stay_on_loopback(yes: bool) -> None:
         os.environ[ALONE] = "0"
     else:
         os.environ.pop(ALONE, None)
-    if "ray" in sys.modules:  # it read the variable when it was imported
-        from ray._private import ray_constants
-
-        ray_constants.ENABLE_RAY_CLUSTER = not yes
+    if constants := sys.modules.get("ray._private.ray_constants"):  # it read the variable when it was imported
+        constants.ENABLE_RAY_CLUSTER = not yes
 
 
 def find_access(address: str | None) -> Access:

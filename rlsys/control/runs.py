@@ -1,7 +1,8 @@
 """Runs that go on in a cluster, reached through their named controllers from any process that may join it."""
 
+import contextlib
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any
@@ -12,11 +13,12 @@ from rlsys.config.schema import RunConfig
 from rlsys.control.ports import WorkerLost
 from rlsys.control.remote import unwrap
 from rlsys.control.service import NAMESPACE, Status
-from rlsys.errors import ClusterError
+from rlsys.errors import ClusterError, NoSuchRun
 
-ANSWER_S = 30.0
-"""A controller that does not answer within this time is said to be busy."""
+ANSWER_S = 60.0
+"""A controller that does not answer within this time is said not to; one that starts on a busy machine may need it."""
 LOOK_S = 0.5
+"""Between two looks at a run that we wait for."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,6 +48,15 @@ def look(name: str) -> Live:
     return Live(config=config, status=status)
 
 
+def look_at_all() -> dict[str, Live]:
+    """Where every run stands; one that ends while it is asked is not among them."""
+    found: dict[str, Live] = {}
+    for name in names():
+        with contextlib.suppress(NoSuchRun):
+            found[name] = look(name)
+    return found
+
+
 def stop(name: str) -> None:
     """Ask a run to finish its step, write a checkpoint and end."""
     _answers(name, [_controller(name).stop.remote()])
@@ -61,17 +72,11 @@ def scale(name: str, *, rollout: int | None, reward: int | None) -> None:
     _answers(name, [_controller(name).scale.remote(rollout=rollout, reward=reward)])
 
 
-def settled(status: Status, roles: Iterable[str]) -> bool:
-    """Whether as many workers of these roles are ready as are desired."""
-    return all(status.workers[role].ready == status.workers[role].desired for role in roles)
-
-
-def wait_settled(name: str, roles: Iterable[str], on_status: Callable[[Status], None]) -> Status:
-    """Wait until a run has the workers it was asked for. Raises `ClusterError` when it ends before."""
+def wait_for_workers(name: str, roles: Iterable[str]) -> Status:
+    """Wait until a run has as many ready workers of these roles as it desires."""
     while True:
         status = look(name).status
-        on_status(status)
-        if settled(status, roles):
+        if all(status.workers[role].ready == status.workers[role].desired for role in roles):
             return status
         time.sleep(LOOK_S)
 
@@ -96,7 +101,7 @@ def _controller(name: str) -> Any:
     try:
         return ray.get_actor(name, namespace=NAMESPACE)
     except ValueError:
-        raise ClusterError(unknown(name, names())) from None
+        raise NoSuchRun(unknown(name, names())) from None
 
 
 def _answers(name: str, references: list[Any]) -> list[Any]:
@@ -106,4 +111,4 @@ def _answers(name: str, references: list[Any]) -> list[Any]:
     try:
         return [unwrap(reference) for reference in references]
     except WorkerLost:
-        raise ClusterError(f"run {name!r} has just ended; `rlsys status` says how") from None
+        raise NoSuchRun(f"run {name!r} has just ended; `rlsys status` says how") from None
