@@ -138,14 +138,16 @@ def stop(
 
     access = find_access(address)
     jobs = Jobs(access)
-    job = next((job for job in jobs.all() if job.run == run and not job.ended), None)
-    if now and job is not None:
+    job = next((job for job in jobs.all() if job.run == run), None)
+    if now and job is not None and not job.ended:
         jobs.kill(job)
     else:
         with connected(access):
-            if run not in runs.names() and job is not None:
-                raise ClusterError(
-                    f"run {run!r} has no controller yet (job {job.submission_id} is {job.status}); try again in a "
+            if job is not None and run not in runs.names():
+                raise NoSuchRun(
+                    f"run {run!r} has ended: job {job.submission_id} is {job.status}"
+                    if job.ended
+                    else f"run {run!r} has not started yet: job {job.submission_id} is {job.status}; try again in a "
                     f"while, or end it with `rlsys stop {run} --now`"
                 )
             (runs.kill if now else runs.stop)(run)
@@ -176,8 +178,9 @@ def scale(
         runs.scale(run, rollout=rollout, reward=reward)
         if wait:
             with err.status(f"waiting for the workers of {run}"):
-                runs.wait_for_workers(run, wanted)
-        now = runs.look(run).status
+                now = runs.wait_for_workers(run, wanted)
+        else:
+            now = runs.look(run).status
     if as_json:
         print_json({"run": run, "workers": {role: asdict(count) for role, count in now.workers.items()}})
     else:
@@ -241,7 +244,7 @@ def _follow(jobs: "Jobs", job: "Job", address: str | None, *, to_stderr: bool) -
         _say_next(job.run, address, to=err)
         raise typer.Exit(130) from None
     if ended.status != "SUCCEEDED":
-        err.print(f"{job.run}: {ended.status}. {ended.message.splitlines()[0] if ended.message else ''}", markup=False)
+        err.print(f"{job.run}: {ended.status}. {_first_line(ended.message)}", markup=False, highlight=False)
     return ended
 
 
@@ -277,8 +280,8 @@ def _show_one(run: str, live: "Live | None", job: "Job | None", as_json: bool) -
         _say(
             f"{run}: job {job.submission_id} {job.status}, submitted {_when(job.started_at)}, files in {job.directory}"
         )
-        if job.ended and job.message:
-            _say(job.message)
+        if job.ended:
+            _say(f"  {_first_line(job.message)}")
     if live is not None:
         _say(f"{run}: {live.status.phase}, step {live.status.version} of {live.config.learner.steps}")
         out.print(run_table(live.status, live.config))
@@ -331,6 +334,11 @@ def _say_next(run: str, address: str | None, to: Any = out) -> None:
 
 def _say(text: str) -> None:
     out.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def _first_line(text: str) -> str:
+    """Ray adds the end of a failed job's output, for which there is `rlsys logs`."""
+    return text.partition("\n")[0]
 
 
 def _when(seconds: float) -> str:

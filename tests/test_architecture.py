@@ -25,7 +25,7 @@ ROWS = [
     {"engines", "learning", "weights", "scheduling", "rewards", "tasks", "dashboard", "lab"},
     {"actors"},
     {"control"},
-    {"cli_view"},
+    {"cli_view"},  # what they show
     {"cli_cluster", "cli_dashboard", "cli_lab", "cli_report"},  # commands of one subject, mounted by cli
     {"cli", "__main__", ""},  # "": the package itself, which offers what is public
 ]

@@ -59,7 +59,7 @@ def stay_on_loopback(yes: bool) -> None:
     else:
         os.environ.pop(ALONE, None)
     if constants := sys.modules.get("ray._private.ray_constants"):  # it read the variable when it was imported
-        constants.ENABLE_RAY_CLUSTER = not yes
+        vars(constants)["ENABLE_RAY_CLUSTER"] = not yes
 
 
 def find_access(address: str | None) -> Access:

@@ -4,7 +4,7 @@ import re
 import secrets
 import tempfile
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -101,7 +101,7 @@ class Jobs:
         with explained(self._address):
             return str(self._client.get_job_logs(job.submission_id))
 
-    async def follow(self, job: Job) -> AsyncIterator[str]:
+    async def follow(self, job: Job) -> AsyncGenerator[str, None]:
         """What a job prints, from its beginning to its end."""
         with explained(self._address):
             async for text in self._client.tail_job_logs(job.submission_id):

@@ -169,7 +169,7 @@ def _spawn(home: Path, cpus: int | None, port: int, job_port: int, object_store_
 
 
 def head_command(*, cpus: int, port: int, job_port: int, object_store_gib: float, scratch: Path) -> list[str]:
-    """A head node that stays in the foreground, on loopback, with no port that another cluster might want."""
+    """A head node that stays in the foreground, on loopback, and leaves other clusters the ports they expect."""
     options = {
         "node-ip-address": "127.0.0.1",
         "port": port,
@@ -177,7 +177,7 @@ def head_command(*, cpus: int, port: int, job_port: int, object_store_gib: float
         "dashboard-port": job_port,
         "dashboard-agent-listen-port": 0,
         "dashboard-agent-grpc-port": 0,
-        "ray-client-server-port": 0,
+        "ray-client-server-port": _free_port(),
         "min-worker-port": 0,
         "max-worker-port": 0,
         "num-cpus": cpus,

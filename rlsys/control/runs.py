@@ -2,7 +2,7 @@
 
 import contextlib
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any
@@ -72,11 +72,14 @@ def scale(name: str, *, rollout: int | None, reward: int | None) -> None:
     _answers(name, [_controller(name).scale.remote(rollout=rollout, reward=reward)])
 
 
-def wait_for_workers(name: str, roles: Iterable[str]) -> Status:
-    """Wait until a run has as many ready workers of these roles as it desires."""
+def wait_for_workers(name: str, wanted: Mapping[str, int]) -> Status:
+    """Wait until so many workers of each role are ready. Raises `ClusterError` when the run stops training before."""
     while True:
         status = look(name).status
-        if all(status.workers[role].ready == status.workers[role].desired for role in roles):
+        if status.phase not in ("starting", "training"):
+            raise ClusterError(f"run {name!r} is {status.phase}: its workers do not change any more")
+        ready = {role: counts.ready for role, counts in status.workers.items()}
+        if wanted.items() <= ready.items():
             return status
         time.sleep(LOOK_S)
 

@@ -229,6 +229,7 @@ def test_a_stopped_run_finishes_its_step_and_writes_a_checkpoint(rlsys: Citizen,
     assert f"after {trained} learner steps" in followed.stdout
     checkpoint = rlsys.home / "runs" / "run" / "checkpoints" / f"step-{trained:06d}"
     assert (checkpoint / "model.safetensors").is_file()
+    assert f"run 'run' has ended: job {job['submission_id']} is SUCCEEDED" in rlsys.refused("stop", "run")
 
 
 def test_a_job_that_fails_fails_the_command_that_follows_it(rlsys: Citizen, job: dict[str, Any]) -> None:
@@ -236,6 +237,14 @@ def test_a_job_that_fails_fails_the_command_that_follows_it(rlsys: Citizen, job:
     assert done.returncode == 1
     assert "already holds a run; continue it with --resume" in " ".join(done.stdout.split())
     assert "run: FAILED" in done.stderr
+
+
+def test_a_run_is_ended_at_once_when_it_must_be(rlsys: Citizen, cluster: LocalCluster) -> None:
+    submitted = rlsys.told("submit", "run.yaml", "name=other")
+    assert rlsys.told("stop", "other", "--now")["submission_id"] == submitted["submission_id"]
+    assert rlsys("logs", "other", "--follow").returncode == 1
+    (other,) = (run for run in rlsys.told("status") if run["run"] == "other")
+    assert other["job"]["status"] == "STOPPED"
 
 
 def test_train_finds_the_cluster_and_its_token_by_the_address(

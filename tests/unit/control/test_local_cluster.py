@@ -147,13 +147,14 @@ def test_a_head_that_does_not_come_up_is_explained_by_its_log_and_leaves_nothing
     assert sorted(path.name for path in home.iterdir()) == ["lock", "up.log"]
 
 
-def test_the_head_is_given_no_port_that_another_cluster_would_want(tmp_path: Path) -> None:
+def test_the_head_takes_no_port_that_another_cluster_expects(tmp_path: Path) -> None:
     command = HEAD_COMMAND(cpus=3, port=7001, job_port=7002, object_store_gib=0.5, scratch=tmp_path)
     for part in ("--head", "--block", "--node-ip-address=127.0.0.1", "--dashboard-host=127.0.0.1", "--num-cpus=3"):
         assert part in command
     ports = dict(part.removeprefix("--").split("=") for part in command if "port=" in part)
     assert ports.pop("port") == "7001"
     assert ports.pop("dashboard-port") == "7002"
+    assert int(ports.pop("ray-client-server-port")) not in (10001, 7001, 7002)
     assert set(ports.values()) == {"0"}
 
 

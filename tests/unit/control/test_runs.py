@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from rlsys.control import runs
-from rlsys.control.service import NAMESPACE, Status
+from rlsys.control.service import NAMESPACE, Status, WorkerCounts
 from rlsys.errors import ClusterError, ConfigError, NoSuchRun
 from tests.fakes import make_config
 
@@ -114,3 +114,21 @@ def test_a_controller_that_does_not_answer_is_said_not_to(monkeypatch: pytest.Mo
     use(FakeRay({"sweep": Controller(1)}, silent=True), monkeypatch)
     with pytest.raises(ClusterError, match=r"run 'sweep' does not answer for .* `rlsys logs sweep`"):
         runs.look("sweep")
+
+
+def test_waiting_ends_when_as_many_are_ready_as_were_asked_for(ray: FakeRay, monkeypatch: pytest.MonkeyPatch) -> None:
+    ready = iter([1, 1, 2, 3])
+    monkeypatch.setattr(runs, "LOOK_S", 0.0)
+    ray.controllers["sweep"].status = Controller._method(lambda: status(ready=next(ready)))
+    assert runs.wait_for_workers("sweep", {"rollout": 3}).workers["rollout"].ready == 3
+    assert next(ready, None) is None
+
+
+def test_waiting_ends_with_the_run(ray: FakeRay) -> None:
+    ray.controllers["sweep"].status = Controller._method(lambda: status(ready=1, phase="saving"))
+    with pytest.raises(ClusterError, match=r"run 'sweep' is saving"):
+        runs.wait_for_workers("sweep", {"rollout": 3})
+
+
+def status(*, ready: int, phase: str = "training") -> Status:
+    return Status(phase=phase, workers={"rollout": WorkerCounts(desired=3, ready=ready, restarts=0)})
