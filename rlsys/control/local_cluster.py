@@ -52,7 +52,7 @@ class Born:
         """The process, unless it has ended."""
         with contextlib.suppress(psutil.NoSuchProcess):
             process = psutil.Process(self.pid)
-            if abs(process.create_time() - self.at) < CLOCK_S and process.status() != psutil.STATUS_ZOMBIE:
+            if abs(process.create_time() - self.at) < CLOCK_S and _runs(process):
                 return process
         return None
 
@@ -233,10 +233,10 @@ def _clear(home: Path, cluster: LocalCluster) -> None:
     family = _family(cluster)
     if head is not None:
         _signal([head], signal.SIGTERM)  # Ray ends the others in order
-        psutil.wait_procs([head], timeout=GRACE_S)
+        _wait_for_end([head])
     for number in (signal.SIGTERM, signal.SIGKILL):
         _signal(family, number)
-        _, family = psutil.wait_procs(family, timeout=GRACE_S)
+        family = _wait_for_end(family)
     if family:
         left = ", ".join(str(process.pid) for process in family)
         raise ClusterError(f"the cluster's processes {left} do not end; end them and repeat `rlsys down`")
@@ -252,6 +252,21 @@ def _family(cluster: LocalCluster) -> list[psutil.Process]:
         with contextlib.suppress(psutil.NoSuchProcess):
             found |= {process.pid: process for process in (known, *known.children(recursive=True))}
     return list(found.values())
+
+
+def _wait_for_end(processes: Sequence[psutil.Process]) -> list[psutil.Process]:
+    """Those that have not ended in time. A zombie has: in a container there may be nobody to bury it."""
+    deadline = time.monotonic() + GRACE_S
+    while (left := [process for process in processes if _runs(process)]) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return left
+
+
+def _runs(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def _signal(processes: Sequence[psutil.Process], number: signal.Signals) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import psutil
 import pytest
 
-from rlsys.control.local_cluster import LocalCluster
+from rlsys.control.local_cluster import Born, LocalCluster
 from tests.integration.running import PATIENCE_S, environment, running, steps, write_config
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(900)]
@@ -262,8 +262,9 @@ def test_down_leaves_no_process_no_port_and_no_file(rlsys: Citizen, cluster: Loc
     assert head is not None
     family = [head, *head.children(recursive=True)]
     assert any("raylet" in process.name() for process in family)
+    born = [Born.of(process) for process in family]
     assert rlsys.told("down")["address"] == cluster.address
-    assert not any(process.is_running() for process in family)
+    assert not any(one.find() for one in born)
     for url in (cluster.address, cluster.jobs):
         with contextlib.suppress(ConnectionRefusedError):
             socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2])), timeout=5).close()
