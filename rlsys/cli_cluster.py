@@ -29,7 +29,7 @@ Address = Annotated[
         show_default=False,
     ),
 ]
-Run = Annotated[str, typer.Argument(help="A run's name; `rlsys status` lists them.", show_default=False)]
+Run = Annotated[str, typer.Argument(metavar="RUN", help="A run's name; `rlsys status` lists them.", show_default=False)]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for programs instead of text for people.")]
 
 
@@ -52,8 +52,8 @@ def submit(
     """Train on a cluster, as a Ray job.
 
     The configuration is checked here first. With it travel this package, modules of yours that the task and the
-    reward import, and data files given by relative paths; never an environment. Run files land below `run_dir`,
-    which must be an absolute path on storage that the cluster's nodes share.
+    reward import, and data files given by relative paths; never an environment. Run files land below `run_dir`:
+    for the cluster of `rlsys up` as for `rlsys train`, for any other an absolute path on storage that its nodes share.
     """
     from rlsys.control.access import find_access
     from rlsys.control.shipping import prepare
@@ -80,7 +80,8 @@ def submit(
 
 def status(
     run: Annotated[
-        str | None, typer.Argument(help="Default: all runs that the cluster knows.", show_default=False)
+        str | None,
+        typer.Argument(metavar="[RUN]", help="Default: all runs that the cluster knows.", show_default=False),
     ] = None,
     address: Address = None,
     as_json: AsJson = False,
@@ -106,7 +107,9 @@ def status(
 
 
 def logs(
-    run: Annotated[str, typer.Argument(help="A run's name, or a job's submission id.", show_default=False)],
+    run: Annotated[
+        str, typer.Argument(metavar="RUN", help="A run's name, or a job's submission id.", show_default=False)
+    ],
     address: Address = None,
     follow: Annotated[bool, typer.Option("--follow", help="Go on until the run ends.")] = False,
     as_json: AsJson = False,
