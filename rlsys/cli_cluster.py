@@ -203,6 +203,7 @@ def up(
     as_json: AsJson = False,
 ) -> None:
     """Start a Ray cluster of your own on this machine, on loopback and with a token. The other commands find it."""
+    from rlsys.control.access import ALONE
     from rlsys.control.local_cluster import up as start
 
     with err.status("starting a Ray cluster"):
@@ -212,7 +213,7 @@ def up(
         return
     _say(f"{'up' if started else 'already up'}: {cluster.address}, jobs and Ray's dashboard at {cluster.jobs}")
     _say(f"  its token is in {cluster.token}; rlsys finds both by itself, other programs need")
-    _say(f"  RAY_ADDRESS={cluster.address} RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH={cluster.token}")
+    _say(f"  RAY_ADDRESS={cluster.address} RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH={cluster.token} {ALONE}=0")
     _say("  rlsys submit CONFIG   trains on it")
     _say("  rlsys down            ends it")
 

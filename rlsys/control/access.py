@@ -39,27 +39,24 @@ class Access:
         """Let this process talk to this cluster and to no other, whatever the environment names."""
         for name in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS"):  # either would win over an address that was given
             os.environ.pop(name, None)
-        stay_on_loopback(self.local is not None)
         if self.local is None:
             return
+        stay_on_loopback()
         os.environ.pop("RAY_AUTH_TOKEN", None)  # it would win over the file
         os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN_PATH=str(self.local.token))
         if raylet := sys.modules.get("ray._raylet"):  # it read the mode when it was imported
             raylet.Config.initialize("")
 
 
-def stay_on_loopback(yes: bool) -> None:
-    """Whether 127.0.0.1 shall mean loopback to Ray, in this process and its children.
+def stay_on_loopback() -> None:
+    """Make 127.0.0.1 mean loopback to Ray, in this process and its children.
 
     To Ray on Linux this machine is a possible node of a larger cluster: it puts the address of a network interface in
     the place of 127.0.0.1, listens on all interfaces, and looks for a cluster there. On one machine alone it need not.
     """
-    if yes:
-        os.environ[ALONE] = "0"
-    else:
-        os.environ.pop(ALONE, None)
+    os.environ[ALONE] = "0"
     if constants := sys.modules.get("ray._private.ray_constants"):  # it read the variable when it was imported
-        vars(constants)["ENABLE_RAY_CLUSTER"] = not yes
+        vars(constants)["ENABLE_RAY_CLUSTER"] = False
 
 
 def find_access(address: str | None) -> Access:
@@ -123,33 +120,31 @@ def join(access: Access) -> None:
     import ray
 
     with explained(access.ray):
-        require_answer(access.ray)
-        if "://" not in access.ray and access.ray != "auto":
-            _knock(access.ray)
+        knock(access.ray)
         ray.init(address=access.ray, log_to_driver=False, logging_level=logging.ERROR)
 
 
-def _knock(address: str) -> None:
-    """Ask a head whether it is there and takes our token: `ray.init` would try for 20 s, and not say what is wrong."""
+def knock(address: str) -> None:
+    """Raise unless somebody answers, and a head takes our token.
+
+    Ray alone would try for between 20 s and a quarter of an hour, and not say what is wrong.
+    """
+    if address == "auto":
+        return
+    scheme, host, port = _split(address)
+    if port is not None:
+        try:
+            socket.create_connection((host.strip("[]"), port), timeout=ANSWER_S).close()
+        except OSError as error:
+            raise ConnectionError(f"nothing answers at {address} ({error})") from error
+    if scheme:
+        return
     from ray._private.grpc_utils import init_grpc_channel
     from ray.core.generated import gcs_service_pb2, gcs_service_pb2_grpc
 
     with contextlib.closing(init_grpc_channel(address)) as channel:
         head = gcs_service_pb2_grpc.NodeInfoGcsServiceStub(channel)
         head.CheckAlive(gcs_service_pb2.CheckAliveRequest(), timeout=ANSWER_S)
-
-
-def require_answer(address: str) -> None:
-    """Raise ConnectionError when nobody listens at host:port: Ray alone would try for up to a quarter of an hour."""
-    if address == "auto":
-        return
-    _, host, port = _split(address)
-    if port is None:
-        return
-    try:
-        socket.create_connection((host.strip("[]"), port), timeout=ANSWER_S).close()
-    except OSError as error:
-        raise ConnectionError(f"nothing answers at {address} ({error})") from error
 
 
 @contextlib.contextmanager

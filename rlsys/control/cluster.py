@@ -42,7 +42,7 @@ def _start(config: RunConfig, scratch: str) -> None:
     """A cluster on this machine. Ray gives it half a minute to come up; a busy machine may need a second start."""
     from rlsys.control.access import stay_on_loopback
 
-    stay_on_loopback(True)
+    stay_on_loopback()
     import ray
 
     # Ray turns token authentication on for a cluster it starts, and takes the token from here.

@@ -1,5 +1,6 @@
 """Runs as Ray jobs: submitted, listed, followed, ended."""
 
+import logging
 import re
 import secrets
 import tempfile
@@ -9,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rlsys.control.access import Access, explained, require_answer
+from rlsys.control.access import Access, explained, knock
 from rlsys.control.runs import taken
 from rlsys.control.service import NAMESPACE
 from rlsys.control.shipping import CONFIG, Shipment
@@ -49,9 +50,11 @@ class Jobs:
         access.use()
         from ray.job_submission import JobSubmissionClient
 
+        for module in ("dashboard_sdk", "job.sdk"):  # they tell of every package and every closed connection
+            logging.getLogger(f"ray.dashboard.modules.{module}").setLevel(logging.WARNING)
         self._address = access.jobs
         with explained(self._address):
-            require_answer(self._address)
+            knock(self._address)
             self._client: Any = JobSubmissionClient(self._address)
 
     def submit(self, shipment: Shipment, *, resume: bool = False) -> Job:

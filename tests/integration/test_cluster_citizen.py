@@ -13,6 +13,7 @@ from typing import Any
 import psutil
 import pytest
 
+from rlsys.control.access import ALONE
 from rlsys.control.local_cluster import Born, LocalCluster
 from tests.integration.running import PATIENCE_S, environment, running, steps, write_config
 
@@ -158,12 +159,22 @@ def test_a_wrong_token_is_explained(stranger: Citizen, cluster: LocalCluster, do
 
 
 def test_a_run_with_a_wrong_token_does_not_join(stranger: Citizen, cluster: LocalCluster) -> None:
-    said = stranger.refused(
+    done = stranger(
         "train", "run.yaml", f"resources.address={cluster.address}", RAY_AUTH_MODE="token", RAY_AUTH_TOKEN="0" * 64
     )
+    assert done.returncode == 1
+    said = " ".join(done.stderr.split())
     assert f"resources.address={cluster.address}: cannot join the Ray cluster" in said
     assert "the token in RAY_AUTH_TOKEN is not this cluster's" in said
-    assert not (stranger.home / "runs" / "run").exists()
+    assert "Traceback" not in said
+    assert not (stranger.home / "runs").exists()
+
+
+def test_who_was_given_the_token_is_let_in(stranger: Citizen, cluster: LocalCluster) -> None:
+    given = {"RAY_ADDRESS": cluster.address, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(cluster.token)}
+    done = stranger("status", "--json", **given, **{ALONE: "0"})
+    assert done.returncode == 0, done.stderr
+    assert (json.loads(done.stdout), done.stderr) == ([], "")
 
 
 def test_a_port_where_nothing_listens_is_said(rlsys: Citizen, cluster: LocalCluster) -> None:
@@ -222,6 +233,7 @@ def test_a_stopped_run_finishes_its_step_and_writes_a_checkpoint(rlsys: Citizen,
     assert rlsys("stop", "run").returncode == 0
     followed = rlsys("logs", "run", "--follow")
     assert followed.returncode == 0, followed.stderr
+    assert followed.stderr == ""
     (run,) = rlsys.told("status")
     assert run["job"]["status"] == "SUCCEEDED"
     assert run["status"] is None, "its controller has ended with it"
@@ -242,7 +254,9 @@ def test_a_job_that_fails_fails_the_command_that_follows_it(rlsys: Citizen, job:
 def test_a_run_is_ended_at_once_when_it_must_be(rlsys: Citizen, cluster: LocalCluster) -> None:
     submitted = rlsys.told("submit", "run.yaml", "name=other")
     assert rlsys.told("stop", "other", "--now")["submission_id"] == submitted["submission_id"]
-    assert rlsys("logs", "other", "--follow").returncode == 1
+    followed = rlsys("logs", "other", "--follow")
+    assert followed.returncode == 0
+    assert followed.stderr == "other: STOPPED. Job was intentionally stopped.\n"
     (other,) = (run for run in rlsys.told("status") if run["run"] == "other")
     assert other["job"]["status"] == "STOPPED"
 
