@@ -13,6 +13,7 @@ RlsysError
 ├── LedgerError            a slot was moved in a way that would lose or repeat a sample
 ├── CheckpointError        a checkpoint is missing, partial, or belongs to another run
 └── ClusterError           the Ray cluster is unreachable, too small, or refused us
+    └── NoSuchRun          no run of this name goes on there
 """
 
 
@@ -66,6 +67,10 @@ class CheckpointError(RlsysError, RuntimeError):
 
 class ClusterError(RlsysError, RuntimeError):
     """The Ray cluster is unreachable, too small for the run, or refused it."""
+
+
+class NoSuchRun(ClusterError):
+    """No run of this name goes on in the cluster."""
 
 
 def first_failure(failures: BaseExceptionGroup[BaseException]) -> BaseException:

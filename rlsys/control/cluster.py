@@ -5,12 +5,11 @@ import logging
 import os
 import secrets
 import shutil
-import socket
 import tempfile
 from collections.abc import Iterator
 
 from rlsys.config.schema import RunConfig
-from rlsys.errors import ClusterError
+from rlsys.errors import ClusterError, RlsysError
 
 STARTS = 3
 """Tries to bring up a cluster of our own."""
@@ -41,6 +40,9 @@ def cluster(config: RunConfig) -> Iterator[None]:
 
 def _start(config: RunConfig, scratch: str) -> None:
     """A cluster on this machine. Ray gives it half a minute to come up; a busy machine may need a second start."""
+    from rlsys.control.access import stay_on_loopback
+
+    stay_on_loopback()
     import ray
 
     # Ray turns token authentication on for a cluster it starts, and takes the token from here.
@@ -69,26 +71,12 @@ def _start(config: RunConfig, scratch: str) -> None:
 
 
 def _join(address: str) -> None:
-    import ray
+    from rlsys.control.access import find_access, join
 
     try:
-        _require_answer(address)
-        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
-    except Exception as error:
-        raise ClusterError(
-            f"resources.address={address}: cannot join the Ray cluster: {error}. Is it running, and is "
-            "RAY_AUTH_MODE/RAY_AUTH_TOKEN (or RAY_AUTH_TOKEN_PATH) the same as there?"
-        ) from error
-
-
-def _require_answer(address: str) -> None:
-    """Raise ConnectionError when nobody listens at host:port: Ray alone would try for a quarter of an hour."""
-    host, colon, port = address.removeprefix("ray://").rpartition(":")
-    if colon and port.isdigit():
-        try:
-            socket.create_connection((host, int(port)), timeout=10).close()
-        except OSError as error:
-            raise ConnectionError(f"nothing answers there ({error})") from error
+        join(find_access(address))
+    except RlsysError as error:
+        raise ClusterError(f"resources.address={address}: cannot join the Ray cluster: {error}") from error
 
 
 def _require_room(config: RunConfig) -> None:

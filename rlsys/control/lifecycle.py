@@ -59,6 +59,7 @@ def train(
     Raises `RlsysError`s: before anything starts for bad input, later for what stopped the run.
     """
     from rlsys.control.cluster import cluster
+    from rlsys.control.runs import require_free
 
     check_config(config)
     directory = RunDirectory(config.path.absolute())
@@ -67,10 +68,16 @@ def train(
     path = initial_model(config, on_warmstart)
     load_prompts(config, path)
     if checkpoint is None:
-        directory.create(dump_config(config))
+        directory.require_new()
     started = time.perf_counter()
-    with _dashboard(config, directory, on_dashboard), cluster(config):
-        status = _run(config, path, checkpoint, on_status)
+    with cluster(config):
+        require_free(config.name)
+        if checkpoint is None:
+            directory.create(dump_config(config))
+        else:
+            _rewind(directory, checkpoint)
+        with _dashboard(config, directory, on_dashboard):
+            status = _run(config, path, checkpoint, on_status)
     from rlsys.observability.plots import plot_run
 
     return TrainResult(
@@ -126,15 +133,22 @@ def _checkpoint_to_resume(directory: RunDirectory, config: RunConfig) -> Path:
     checkpoint = latest(directory.root)
     if checkpoint is None:
         raise CheckpointError(f"--resume: {directory.checkpoints} holds no complete checkpoint; start without --resume")
-    state = read_extra(checkpoint)
-    version, extra = int(state["version"]), state["extra"]
+    version = int(read_extra(checkpoint)["version"])
     if version >= config.learner.steps:
         raise ConfigError(
             f"learner.steps={config.learner.steps}: the run is already at step {version}; raise it to go on"
         )
+    return checkpoint
+
+
+def _rewind(directory: RunDirectory, checkpoint: Path) -> None:
+    """Forget what the run recorded after its checkpoint."""
+    from rlsys.control.build import read_extra
+
+    state = read_extra(checkpoint)
+    version, extra = int(state["version"]), state["extra"]
     cursor = (extra["source"]["epoch"], extra["source"]["index"])
     directory.rewind(version, cursor=cursor, reopened={(epoch, index) for epoch, index in extra["open"]})
-    return checkpoint
 
 
 def _run(config: RunConfig, path: str, checkpoint: Path | None, on_status: Callable[[Status], None]) -> Status:
@@ -142,9 +156,8 @@ def _run(config: RunConfig, path: str, checkpoint: Path | None, on_status: Calla
 
     from rlsys.control.remote import unwrap
 
-    controller = ControllerActor.options(name=config.name, namespace=NAMESPACE, num_cpus=0, max_concurrency=16).remote(  # type: ignore[attr-defined]
-        config, path, checkpoint
-    )
+    options = {"name": config.name, "namespace": NAMESPACE, "num_cpus": 0, "max_concurrency": 16}
+    controller = ControllerActor.options(**options).remote(config, path, checkpoint)  # type: ignore[attr-defined]
     finished = controller.run.remote()
     stopping = False
     while True:

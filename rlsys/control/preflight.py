@@ -5,11 +5,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from rlsys.config.schema import RunConfig
+from rlsys.config.schema import JsonlTask, RunConfig
 from rlsys.errors import ConfigError
 from rlsys.observability.trackers import require_trackers
 from rlsys.records import Prompt
-from rlsys.rewards import resolve_reward
+from rlsys.rewards import exact_match, resolve_reward
 from rlsys.tasks import PromptSource, build_task, check_lengths, make_encoder, make_prompt
 
 SAMPLE = 64
@@ -26,16 +26,25 @@ class Prompts:
     held_out: Sequence[Prompt]
 
 
-def check_config(config: RunConfig) -> list[str]:
-    """Everything that can be known without a tokenizer. Raises ConfigError or DataError; returns remarks."""
+def check_config(config: RunConfig, *, elsewhere: bool = False) -> list[str]:
+    """Everything that can be known without a tokenizer. Raises ConfigError or DataError; returns remarks.
+
+    `elsewhere`: the run is for another machine, where its trackers are installed and absolute paths lead.
+    """
     remarks: list[str] = []
-    require_trackers(config.observability.sinks)
-    task = build_task(config.task, config.seed)
-    resolve_reward(config.reward.function, task.score)
-    if config.model.path is None:
-        task.alphabet()
-        check_head_size(config)
+    if not elsewhere:
+        require_trackers(config.observability.sinks)
+    if elsewhere and (absent := _absent_data(config)):
+        remarks.append(f"{absent} is not here: its rows are checked when the run starts")
+        resolve_reward(config.reward.function, exact_match)
     else:
+        task = build_task(config.task, config.seed)
+        resolve_reward(config.reward.function, task.score)
+        if config.model.path is None:
+            task.alphabet()
+    if config.model.path is None:
+        check_head_size(config)
+    elif not (elsewhere and Path(config.model.path).is_absolute()):
         remarks += check_model_directory(config.model.path, config.model.max_context)
     for role in ("learner", "rollout", "reference"):
         if getattr(config.resources, f"{role}_gpus") > 0:
@@ -47,6 +56,14 @@ def check_config(config: RunConfig) -> list[str]:
             f"rollout.dtype={config.rollout.dtype}; the learner's are {config.model.dtype}"
         )
     return remarks
+
+
+def _absent_data(config: RunConfig) -> Path | None:
+    """An absolute path of the task's files that does not exist on this machine."""
+    if not isinstance(config.task, JsonlTask):
+        return None
+    paths = (config.task.path, config.task.eval_path)
+    return next((path for path in paths if path is not None and path.is_absolute() and not path.exists()), None)
 
 
 def check_head_size(config: RunConfig) -> None:

@@ -13,6 +13,15 @@ NAMESPACE = "rlsys"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerCounts:
+    """Workers of one role."""
+
+    desired: int
+    ready: int
+    restarts: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Status:
     """A run at one moment."""
 
@@ -23,6 +32,7 @@ class Status:
     ledger: dict[str, int] = field(default_factory=dict)
     serving: dict[str, PolicyVersion] = field(default_factory=dict)
     accuracy: dict[PolicyVersion, float] = field(default_factory=dict)
+    workers: dict[str, WorkerCounts] = field(default_factory=dict)
 
 
 @ray.remote
@@ -71,6 +81,10 @@ class ControllerActor:
             serving={name: ack.version for name, ack in progress.acks.items()},
             accuracy={version: result.accuracy for version, result in progress.evaluations.items()},
         )
+
+    async def configuration(self) -> RunConfig:
+        """What the run was started with."""
+        return self._config
 
     async def stop(self) -> None:
         """Finish the step that is running, write a checkpoint, and let `run` return."""

@@ -69,12 +69,16 @@ class RunDirectory:
         """All of `metrics.jsonl`; a last line cut short by a crash is left out."""
         return list(read_jsonl(self.metrics))
 
-    def create(self, config_yaml: str) -> None:
-        """Make the directory of a new run. Raises `CheckpointError` when it already holds one."""
+    def require_new(self) -> None:
+        """Raise `CheckpointError` when the directory already holds a run."""
         if self.metrics.exists() or any(self.checkpoints.glob("step-*")):
             raise CheckpointError(
                 f"{self.root} already holds a run; continue it with --resume, or choose another name (name=...)"
             )
+
+    def create(self, config_yaml: str) -> None:
+        """Make the directory of a new run. Raises `CheckpointError` when it already holds one."""
+        self.require_new()
         self.root.mkdir(parents=True, exist_ok=True)
         self.config.write_text(config_yaml)
 

@@ -58,13 +58,17 @@ def write_config(directory: Path, **sections: Mapping[str, Any] | str) -> None:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a command ended; `seen` are the names of its processes, `left` what was still there half a minute later."""
+    """How a command ended; `seen` are the names of its processes, `left` what was still there half a minute later.
+
+    `listened` are the addresses on which the parts of its Ray cluster listened.
+    """
 
     code: int
     stdout: str
     stderr: str
     seen: list[str]
     left: list[str]
+    listened: set[str]
 
 
 @dataclass
@@ -75,6 +79,7 @@ class Running:
     output: Path
     pids: dict[int, tuple[float, str]] = field(default_factory=dict)
     segments: set[str] = field(default_factory=set)
+    listened: set[str] = field(default_factory=set)
 
     def watch(self) -> None:
         """Note descendants and the shared memory they map, until the command ends."""
@@ -88,6 +93,8 @@ class Running:
     def _note(self, process: psutil.Process) -> None:
         with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied, OSError):
             self.pids[process.pid] = process.create_time(), " ".join(process.cmdline())[:200]
+            if process.name() in ("gcs_server", "raylet"):
+                self.listened |= {c.laddr.ip for c in process.net_connections("tcp") if c.status == psutil.CONN_LISTEN}
             if "raylet" not in self.pids[process.pid][1]:
                 return  # the others map what this one holds
             for line in Path(f"/proc/{process.pid}/maps").read_text().splitlines():
@@ -112,7 +119,8 @@ class Running:
         deadline = time.monotonic() + 30
         while self._left() and time.monotonic() < deadline:
             time.sleep(0.2)
-        return Outcome(code, self.stdout, self.stderr, [name for _, name in self.pids.values()], self._left())
+        seen = [name for _, name in self.pids.values()]
+        return Outcome(code, self.stdout, self.stderr, seen, self._left(), self.listened)
 
     def _left(self) -> list[str]:
         return [

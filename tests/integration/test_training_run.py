@@ -61,6 +61,11 @@ def test_a_run_leaves_no_process_and_no_shared_memory(outcome: Outcome) -> None:
     assert outcome.left == []
 
 
+def test_the_cluster_of_a_run_listens_on_loopback_alone(outcome: Outcome) -> None:
+    assert outcome.listened
+    assert outcome.listened <= {"127.0.0.1", "::ffff:127.0.0.1", "::1"}
+
+
 def test_the_directory_holds_every_file(run: Path) -> None:
     names = {path.name for path in run.iterdir()}
     files = {"config.yaml", "metrics.jsonl", "ledger.jsonl", "trace.json", "summary.png"}

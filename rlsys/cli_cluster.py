@@ -1,0 +1,349 @@
+"""`rlsys up | submit | status | logs | scale | stop | down`: runs on a Ray cluster, from whatever may reach it."""
+
+import asyncio
+import sys
+from contextlib import aclosing
+from dataclasses import asdict
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.table import Table
+
+from rlsys.cli_view import err, number, out, print_json, run_table
+from rlsys.config import load_config
+from rlsys.errors import ClusterError, ConfigError, NoSuchRun
+
+if TYPE_CHECKING:
+    from rlsys.control.access import Access
+    from rlsys.control.jobs import Job, Jobs
+    from rlsys.control.runs import Live
+
+Address = Annotated[
+    str | None,
+    typer.Option(
+        metavar="URL",
+        help="http://HOST:8265, ray://HOST:10001, or HOST:6379 on a node of the cluster. "
+        "Default: $RAY_ADDRESS, or the cluster of `rlsys up`.",
+        show_default=False,
+    ),
+]
+Run = Annotated[str, typer.Argument(metavar="RUN", help="A run's name; `rlsys status` lists them.", show_default=False)]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for programs instead of text for people.")]
+
+
+def submit(
+    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="A run's YAML file.", show_default=False)],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[SECTION.FIELD=VALUE]...", help="Changes to it, e.g. run_dir=/shared/runs.", show_default=False
+        ),
+    ] = None,
+    address: Address = None,
+    include: Annotated[
+        list[Path] | None, typer.Option(help="A further file or directory that the run reads.", show_default=False)
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue from the run's last checkpoint.")] = False,
+    follow: Annotated[bool, typer.Option("--follow", help="Show its output until it ends; exit as it does.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Train on a cluster, as a Ray job.
+
+    The configuration is checked here first. With it travel this package, modules of yours that the task and the
+    reward import, and data files given by relative paths; never an environment. Run files land below `run_dir`:
+    for the cluster of `rlsys up` as for `rlsys train`, for any other an absolute path on storage that its nodes share.
+    """
+    from rlsys.control.access import find_access
+    from rlsys.control.shipping import prepare
+
+    settings = load_config(config, overrides or ())
+    access = find_access(address)
+    shipment = prepare(settings, here=Path.cwd(), shared=access.local is not None, include=include or ())
+    from rlsys.control.jobs import Jobs
+
+    jobs = Jobs(access)
+    job = jobs.submit(shipment, resume=resume)
+    if not as_json:
+        _say(f"submitted {job.run} as job {job.submission_id}; its files land in {job.directory}")
+        for remark in shipment.remarks:
+            _say(f"  note: {remark}")
+        _say_next(job.run, address)
+    if follow:
+        job = _follow(jobs, job, address, to_stderr=as_json)
+    if as_json:
+        print_json({**asdict(job), "address": access.jobs, "remarks": list(shipment.remarks)})
+    if follow and job.status != "SUCCEEDED":
+        raise typer.Exit(1)
+
+
+def status(
+    run: Annotated[
+        str | None,
+        typer.Argument(metavar="[RUN]", help="Default: all runs that the cluster knows.", show_default=False),
+    ] = None,
+    address: Address = None,
+    as_json: AsJson = False,
+) -> None:
+    """Where runs stand: phase, policy version, staleness, effective sample size, workers, prompts."""
+    from rlsys.control.access import find_access
+    from rlsys.control.jobs import Jobs
+    from rlsys.control.runs import unknown
+
+    access = find_access(address)
+    jobs = {job.run: job for job in reversed(Jobs(access).all())}
+    live = _live(access)
+    if run is not None:
+        if run not in {*live, *jobs}:
+            raise NoSuchRun(unknown(run, [*live, *jobs]))
+        _show_one(run, live.get(run), jobs.get(run), as_json)
+    elif as_json:
+        print_json([_facts(name, live.get(name), jobs.get(name)) for name in sorted({*live, *jobs})])
+    elif not live and not jobs:
+        _say("no runs here; `rlsys submit CONFIG` starts one")
+    else:
+        out.print(_list(live, jobs))
+
+
+def logs(
+    run: Annotated[
+        str, typer.Argument(metavar="RUN", help="A run's name, or a job's submission id.", show_default=False)
+    ],
+    address: Address = None,
+    follow: Annotated[bool, typer.Option("--follow", help="Go on until the run ends.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """What a submitted run has printed."""
+    from rlsys.control.access import find_access
+    from rlsys.control.jobs import Jobs
+
+    jobs = Jobs(find_access(address))
+    job = _job(jobs, run)
+    if follow:
+        job = _follow(jobs, job, address, to_stderr=as_json)
+    if as_json:
+        print_json({**asdict(job), "logs": jobs.logs(job)})
+    elif not follow:
+        sys.stdout.write(jobs.logs(job))
+
+
+def stop(
+    run: Run,
+    address: Address = None,
+    now: Annotated[bool, typer.Option("--now", help="End it at once, without a checkpoint.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """End a run: it finishes its step and writes a checkpoint, from which `--resume` continues."""
+    from rlsys.control import runs
+    from rlsys.control.access import connected, find_access
+    from rlsys.control.jobs import Jobs
+
+    access = find_access(address)
+    jobs = Jobs(access)
+    job = next((job for job in jobs.all() if job.run == run), None)
+    if now and job is not None and not job.ended:
+        jobs.kill(job)
+    else:
+        with connected(access):
+            if job is not None and run not in runs.names():
+                raise NoSuchRun(
+                    f"run {run!r} has ended: job {job.submission_id} is {job.status}"
+                    if job.ended
+                    else f"run {run!r} has not started yet: job {job.submission_id} is {job.status}; try again in a "
+                    f"while, or end it with `rlsys stop {run} --now`"
+                )
+            (runs.kill if now else runs.stop)(run)
+    if as_json:
+        print_json({"run": run, "submission_id": job.submission_id if job else None, "now": now})
+    elif now:
+        _say(f"ended {run}; its last checkpoint is what it had written by itself")
+    else:
+        _say(f"{run} finishes its step, writes a checkpoint and ends" + (f": {job.directory}" if job else ""))
+
+
+def scale(
+    run: Run,
+    rollout: Annotated[int | None, typer.Option(help="Rollout workers to have.", show_default=False)] = None,
+    reward: Annotated[int | None, typer.Option(help="Reward workers to have.", show_default=False)] = None,
+    wait: Annotated[bool, typer.Option("--wait", help="Return when they are ready.")] = False,
+    address: Address = None,
+    as_json: AsJson = False,
+) -> None:
+    """Change how many workers a run has, while it trains."""
+    from rlsys.control import runs
+    from rlsys.control.access import connected, find_access
+
+    wanted = {role: count for role, count in (("rollout", rollout), ("reward", reward)) if count is not None}
+    if not wanted:
+        raise ConfigError("nothing to change: give --rollout N, --reward N, or both")
+    with connected(find_access(address)):
+        runs.scale(run, rollout=rollout, reward=reward)
+        if wait:
+            with err.status(f"waiting for the workers of {run}"):
+                now = runs.wait_for_workers(run, wanted)
+        else:
+            now = runs.look(run).status
+    if as_json:
+        print_json({"run": run, "workers": {role: asdict(count) for role, count in now.workers.items()}})
+    else:
+        _say(f"{run}: {_workers(now)}")
+
+
+def up(
+    cpus: Annotated[
+        int | None,
+        typer.Option(min=1, help="CPUs to offer: one a rollout worker, one the learner. Default: this machine's."),
+    ] = None,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Where Ray listens; 0: a free one.")] = 0,
+    job_port: Annotated[
+        int, typer.Option(min=0, max=65535, help="Where the job server and Ray's dashboard listen; 0: a free one.")
+    ] = 0,
+    object_store_gib: Annotated[float, typer.Option(min=0.1, help="Shared memory for weights and batches.")] = 1.0,
+    as_json: AsJson = False,
+) -> None:
+    """Start a Ray cluster of your own on this machine, on loopback and with a token. The other commands find it."""
+    from rlsys.control.access import ALONE
+    from rlsys.control.local_cluster import up as start
+
+    with err.status("starting a Ray cluster"):
+        cluster, started = start(cpus=cpus, port=port, job_port=job_port, object_store_gib=object_store_gib)
+    if as_json:
+        print_json({"address": cluster.address, "jobs": cluster.jobs, "token": str(cluster.token), "started": started})
+        return
+    _say(f"{'up' if started else 'already up'}: {cluster.address}, jobs and Ray's dashboard at {cluster.jobs}")
+    _say(f"  its token is in {cluster.token}; rlsys finds both by itself, other programs need")
+    _say(f"  RAY_ADDRESS={cluster.address} RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH={cluster.token} {ALONE}=0")
+    _say("  rlsys submit CONFIG   trains on it")
+    _say("  rlsys down            ends it")
+
+
+def down(as_json: AsJson = False) -> None:
+    """End the cluster of `rlsys up` with everything that runs on it, and nothing else."""
+    from rlsys.control.local_cluster import down as end
+
+    with err.status("ending the Ray cluster"):
+        cluster = end()
+    if as_json:
+        print_json({"address": cluster.address if cluster else None})
+    else:
+        _say(f"ended {cluster.address}" if cluster else "nothing is up")
+
+
+def _follow(jobs: "Jobs", job: "Job", address: str | None, *, to_stderr: bool) -> "Job":
+    """Show a job's output until it ends, and say how it did. Ctrl-C leaves it running."""
+    stream = sys.stderr if to_stderr else sys.stdout
+
+    async def show() -> None:
+        async with aclosing(jobs.follow(job)) as texts:
+            async for text in texts:
+                stream.write(text)
+                stream.flush()
+
+    try:
+        asyncio.run(show())
+        ended = jobs.outcome(job)
+    except KeyboardInterrupt:
+        err.print(f"\n{job.run} goes on.", markup=False, highlight=False)
+        _say_next(job.run, address, to=err)
+        raise typer.Exit(130) from None
+    if ended.status != "SUCCEEDED":
+        err.print(f"{job.run}: {ended.status}. {_first_line(ended.message)}", markup=False, highlight=False)
+    return ended
+
+
+def _job(jobs: "Jobs", name: str) -> "Job":
+    from rlsys.control.runs import unknown
+
+    job = jobs.find(name)
+    if job is not None:
+        return job
+    if name in jobs.live_runs():
+        raise ClusterError(f"run {name!r} was not submitted: its output is where `rlsys train` was started")
+    raise NoSuchRun(unknown(name, {job.run for job in jobs.all()}))
+
+
+def _live(access: "Access") -> "dict[str, Live]":
+    """The runs that go on; none and a note when nothing but the job server can be reached."""
+    from rlsys.control.access import connected
+    from rlsys.control.runs import look_at_all
+
+    try:
+        with connected(access):
+            return look_at_all()
+    except ClusterError as error:
+        err.print(f"only jobs are shown, not where they stand: {error}", markup=False, highlight=False, soft_wrap=True)
+        return {}
+
+
+def _show_one(run: str, live: "Live | None", job: "Job | None", as_json: bool) -> None:
+    if as_json:
+        print_json(_facts(run, live, job))
+        return
+    if job is not None:
+        _say(
+            f"{run}: job {job.submission_id} {job.status}, submitted {_when(job.started_at)}, files in {job.directory}"
+        )
+        if job.ended:
+            _say(f"  {_first_line(job.message)}")
+    if live is not None:
+        _say(f"{run}: {live.status.phase}, step {live.status.version} of {live.config.learner.steps}")
+        out.print(run_table(live.status, live.config))
+
+
+def _list(live: "dict[str, Live]", jobs: "dict[str, Job]") -> Table:
+    table = Table("run", "phase", "step", "staleness", "ESS", "workers", "job", box=None, padding=(0, 2, 0, 0))
+    for name in sorted({*live, *jobs}):
+        job = jobs[name].status if name in jobs else "–"
+        if name not in live:
+            table.add_row(name, *["–"] * 5, job)
+            continue
+        now, m = live[name].status, live[name].status.metrics
+        table.add_row(
+            name,
+            now.phase,
+            f"{now.version}/{live[name].config.learner.steps}",
+            f"{number(m.get('staleness/mean'), 2)} (max {number(m.get('staleness/max'), 0)})",
+            number(m.get("importance/ess_sequence")),
+            _workers(now),
+            job,
+        )
+    return table
+
+
+def _workers(now: Any) -> str:
+    return ", ".join(f"{role} {count.ready}/{count.desired}" for role, count in sorted(now.workers.items()))
+
+
+def _facts(run: str, live: "Live | None", job: "Job | None") -> dict[str, Any]:
+    return {
+        "run": run,
+        "job": asdict(job) if job else None,
+        "directory": str(live.config.path) if live else job.directory if job else None,
+        "steps": live.config.learner.steps if live else None,
+        "status": asdict(live.status) if live else None,
+    }
+
+
+def _say_next(run: str, address: str | None, to: Any = out) -> None:
+    where = f" --address {address}" if address else ""
+    for what, command in (
+        ("where it stands", f"rlsys status {run}{where}"),
+        ("what it prints", f"rlsys logs {run} --follow{where}"),
+        ("more workers", f"rlsys scale {run} --rollout 2 --wait{where}"),
+        ("end it with a checkpoint", f"rlsys stop {run}{where}"),
+    ):
+        to.print(f"  {what:<26} {command}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _say(text: str) -> None:
+    out.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def _first_line(text: str) -> str:
+    """Ray adds the end of a failed job's output, for which there is `rlsys logs`."""
+    return text.partition("\n")[0]
+
+
+def _when(seconds: float) -> str:
+    return datetime.fromtimestamp(seconds).strftime("%Y-%m-%d %H:%M:%S")
