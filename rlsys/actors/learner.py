@@ -2,27 +2,25 @@
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import ray
 
 from rlsys.actors.bundle import Bundle, Place, select
 from rlsys.actors.process import settle
+from rlsys.actors.publishing import Publisher
 from rlsys.config.schema import RunConfig
 from rlsys.observability.spans import Span, SpanLog
 from rlsys.records import BatchArrays, FloatArray, GroupScore, LearnerStep, ScoredGroup
 from rlsys.versions import PolicyVersion
+from rlsys.weights.collective import Group
 from rlsys.weights.transport import WeightTicket
 
-if TYPE_CHECKING:
-    from rlsys.weights.buffer import WeightPacker
 
-
-@ray.remote(concurrency_groups={"control": 1})
+@ray.remote(concurrency_groups={"control": 1, "weights": 4})
 class LearnerActor:
-    """Holds the learner and the buffer its parameters are published from."""
+    """Holds the learner and publishes its parameters. Broadcasts run beside training: they may wait for a worker."""
 
     def __init__(self, path: str, config: RunConfig, resume: Path | None) -> None:
         on_gpu = config.resources.learner_gpus > 0
@@ -32,8 +30,6 @@ class LearnerActor:
 
         from rlsys.learning.checkpoint import load
         from rlsys.learning.learner import Learner
-        from rlsys.weights.buffer import WeightPacker
-        from rlsys.weights.transport import ObjectStoreTransport
 
         torch.set_num_threads(threads)
         torch.manual_seed(config.seed)
@@ -41,21 +37,10 @@ class LearnerActor:
         if resume is not None:
             self._learner.load_state(load(resume).state)
         self._path, self._run, self._keep = path, config.path, config.checkpoint.keep
-        self._packer = WeightPacker(
-            self._learner.named_tensors(),
-            dtype=config.rollout.dtype,
-            vocab_size=self._learner.policy.vocab_size,
+        self._publisher = Publisher(
+            config, self._learner.named_tensors, self._learner.policy.vocab_size, ray.util.get_node_ip_address()
         )
-        self._exact_packer = None
-        if config.probe.fraction and config.rollout.dtype != config.model.dtype:
-            self._exact_packer = WeightPacker(
-                self._learner.named_tensors(),
-                dtype=config.model.dtype,
-                vocab_size=self._learner.policy.vocab_size,
-            )
-        self._transport = ObjectStoreTransport()
         self._spans = SpanLog()
-        self._tickets: list[WeightTicket] = []
 
     def update(
         self,
@@ -71,18 +56,9 @@ class LearnerActor:
         return update.step, self.publish(), update.arrays
 
     def publish(self) -> WeightTicket:
-        """The current version in the object store."""
-        with self._spans.span("publish", version=self._learner.version, bytes=self._packer.nbytes):
-            exact = None if self._exact_packer is None else self._send(self._exact_packer)
-            ticket = replace(self._send(self._packer), exact=exact)
-        self._tickets = [*self._tickets[-1:], ticket]  # the store keeps what somebody may still fetch
-        return ticket
-
-    def _send(self, packer: "WeightPacker") -> WeightTicket:
-        start = time.perf_counter()
-        manifest, buffer = packer.pack(self._learner.named_tensors(), self._learner.version)
-        payload = self._transport.send(buffer)
-        return WeightTicket(manifest=manifest, payload=payload, publish_s=time.perf_counter() - start)
+        """The current version, ready to be taken by the workers."""
+        with self._spans.span("publish", version=self._learner.version, bytes=self._publisher.nbytes):
+            return self._publisher.publish(self._learner.version)
 
     def save(self, directory: Path, extra: Mapping[str, Any]) -> None:
         """Write a checkpoint atomically, with the initial model's tokenizer; older ones are pruned."""
@@ -100,3 +76,27 @@ class LearnerActor:
     def version(self) -> PolicyVersion:
         """Batches applied so far; also tells that the actor is ready."""
         return self._learner.version
+
+    # What `weights.collective` asks of the learner.
+
+    @ray.method(concurrency_group="weights")
+    def listen(self) -> tuple[str, int]:
+        """Where the next group of workers is to meet."""
+        return self._publisher.listen()
+
+    @ray.method(concurrency_group="weights")
+    def join(self, group: Group) -> None:
+        """Returns when the group has met."""
+        self._publisher.join(group)
+
+    @ray.method(concurrency_group="weights")
+    def broadcast(self, version: PolicyVersion) -> None:
+        """Send a version to the group."""
+        start = time.time()
+        self._publisher.broadcast(version)
+        self._spans.add("broadcast", start, time.time(), track=1, version=version)
+
+    @ray.method(concurrency_group="weights")
+    def leave(self, epoch: int) -> None:
+        """Give a group up."""
+        self._publisher.leave(epoch)

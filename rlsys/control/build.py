@@ -64,9 +64,10 @@ def start_actors(config: RunConfig, path: str, resume: Path | None, version: int
         )
         for i in range(config.rollout.workers)
     }
+    learner = LearnerActor.options(num_cpus=1, num_gpus=resources.learner_gpus).remote(path, config, resume)  # type: ignore[attr-defined]
     fleet = Fleet(
-        learner=LearnerActor.options(num_cpus=1, num_gpus=resources.learner_gpus).remote(path, config, resume),  # type: ignore[attr-defined]
-        weights=WeightSyncActor.options(num_cpus=0).remote(config),  # type: ignore[attr-defined]
+        learner=learner,
+        weights=WeightSyncActor.options(num_cpus=0).remote(config, learner),  # type: ignore[attr-defined]
         rollouts=rollouts,
         rewards=[RewardActor.options(num_cpus=0).remote(config) for _ in range(config.reward.workers)],  # type: ignore[attr-defined]
         recorder=RecorderActor.options(num_cpus=0).remote(config),  # type: ignore[attr-defined]
