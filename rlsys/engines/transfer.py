@@ -11,6 +11,7 @@ damaged, never touches the model that is served. `receiver` swaps it in like any
 
 import contextlib
 import math
+import os
 import pickle
 import socket
 from collections.abc import Iterable, Iterator
@@ -21,7 +22,8 @@ from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
-from torch.distributed import PrefixStore, ProcessGroupGloo
+from torch.distributed import ProcessGroupGloo
+from torch.distributed.distributed_c10d import PrefixStore
 from torch.multiprocessing.reductions import reduce_tensor
 from vllm.config import VllmConfig
 from vllm.config.weight_transfer import WeightTransferConfig
@@ -35,7 +37,7 @@ from vllm.distributed.weight_transfer.nccl_engine import (
 )
 from vllm.utils.nccl import unpinned_nccl_env
 
-from rlsys.errors import EngineError, WeightSyncError
+from rlsys.errors import ConfigError, EngineError, WeightSyncError
 
 Collective = Literal["nccl", "gloo"]
 
@@ -103,9 +105,12 @@ class IpcSender:
     vLLM's own sender would gather handles over the default process group, where only rank 0 of a learner would come.
     """
 
+    def __init__(self) -> None:
+        _require_gpu("ipc")
+
     def send(self, buffer: Tensor) -> bytes:
         """The payload of a ticket: the handle, by the GPU's UUID."""
-        _, handle = reduce_tensor(buffer)
+        _, handle = reduce_tensor(buffer)  # type: ignore[no-untyped-call]
         uuid = str(torch.cuda.get_device_properties(buffer.device).uuid)
         return pickle.dumps(update_info(buffer.numel(), ipc_handles=[{uuid: handle}]))
 
@@ -115,6 +120,7 @@ class CollectiveSender:
 
     def __init__(self, backend: Collective, address: str) -> None:
         """`address`: of this process, as the workers reach it."""
+        _require_gpu(backend)
         self._backend, self._address = backend, address
         self._door: socket.socket | None = None
         self._group: tuple[int, Any] | None = None
@@ -161,6 +167,7 @@ class BackendReceiver:
 
     def __init__(self, transport: str, vllm_config: VllmConfig) -> None:
         register()
+        _require_gpu(transport)
         self._transport, self._vllm_config = transport, vllm_config
         self._device = torch.device("cpu") if transport == "gloo" else torch.device("cuda", torch.cuda.current_device())
         self._link: tuple[int, Any, Inbox] | None = (0, *self._make()) if transport == "ipc" else None
@@ -224,6 +231,14 @@ def _connect(
     return group
 
 
+def _require_gpu(transport: str) -> None:
+    if transport != "gloo" and not torch.cuda.is_available():
+        raise ConfigError(
+            f"weights.transport={transport}: this process sees no GPU (torch {torch.__version__}, "
+            f"CUDA_VISIBLE_DEVICES={os.environ.get('CUDA_VISIBLE_DEVICES')}); allowed without: object_store, gloo"
+        )
+
+
 def _require_open(group: Any) -> None:
     """vLLM only switches a communicator off when it finds no NCCL: every broadcast would do nothing."""
     if getattr(group, "disabled", False):
@@ -245,7 +260,7 @@ def _stream(transport: str) -> Iterator[torch.cuda.Stream | None]:
 @cache
 def _own_stream(device: int) -> torch.cuda.Stream:
     """Always the same one: freed memory waits for the stream that it was taken on."""
-    return torch.cuda.Stream(device)
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
 
 class GlooCommunicator:
@@ -253,13 +268,12 @@ class GlooCommunicator:
 
     def __init__(self, members: StatelessProcessGroup, address: str, timeout_s: float) -> None:
         """`address`: this process's own, on the network that the members share."""
-        options = ProcessGroupGloo._Options()
+        gloo: Any = ProcessGroupGloo  # torch's types know little of it
+        options = gloo._Options()
         options._timeout = timedelta(seconds=timeout_s)
-        options._devices = [ProcessGroupGloo.create_device(hostname=address)]
+        options._devices = [gloo.create_device(hostname=address)]
         self._members = members  # its store serves the others
-        self._group: ProcessGroupGloo | None = ProcessGroupGloo(
-            PrefixStore("weights", members.store), members.rank, members.world_size, options
-        )
+        self._group: Any = gloo(PrefixStore("weights", members.store), members.rank, members.world_size, options)
 
     def broadcast(self, tensor: Tensor, src: int, stream: None = None) -> None:
         """Returns when the tensor is there, or when it was handed to the next ones."""
