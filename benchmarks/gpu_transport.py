@@ -96,7 +96,9 @@ def configure(transport: str, gpus: int, model: Path) -> RunConfig:
             "weights": {"transport": transport},
             "probe": {"fraction": 0.0},
             "resources": {
-                "learner_gpus": shares[0], "rollout_gpus": shares[1], "pin_cores": False,
+                "learner_gpus": shares[0],
+                "rollout_gpus": shares[1],
+                "pin_cores": False,
                 "object_store_gib": 4.0,
             },
         }

@@ -114,8 +114,6 @@ class CollectiveSync(WeightSync[Member]):
         self._resting.discard(name)
         if name in self._applying:
             self._applying[name].cancel()  # its group must not wait for it
-        if not self._workers:
-            self._wake()
 
     async def _conduct(self) -> None:
         """Consumes versions and joining workers, produces acknowledgements; a version that somebody lacks wakes it."""
@@ -223,7 +221,6 @@ class CollectiveSync(WeightSync[Member]):
         for name, error in missed.items():
             log.warning("worker %s did not take version %d: %s", name, version, error)
         for name, error in refused.items():
-            self._failed[name] = 0
             await self._record(Ack(worker=name, version=version, apply_s=0.0, pause_s=0.0, error=error), ticket)
 
     def _rest(self, names: Set[str], seconds: float) -> None:

@@ -143,9 +143,9 @@ class Worker(Party):
         self.silent |= self.hangs_at == version
         await self._answer()
         await self._take_part()
+        await asyncio.sleep(self.swap_s)
         if error := self.fail(version, attempt):
             raise error
-        await asyncio.sleep(self.swap_s)
         self.served.append(version)
         return 0.25
 
@@ -320,9 +320,16 @@ def test_a_worker_that_comes_back_under_its_name_is_caught_up() -> None:
         await fleet.add("b")
         await fleet.add("a", lost_at=1)
         await fleet.sync.publish(make_ticket(1))
-        again = await fleet.add("a")
+        await asyncio.sleep(5)
+        refusals = fleet.heard().count(("a", 1, False))
+        assert refusals, "it is not yet given up for a while"
+        torn = ChecksumMismatch("checksum 00 arrived")
+        again = await fleet.add(
+            "a", fail=lambda version, attempt: torn if version == 1 and attempt < ATTEMPTS - 1 else None
+        )
         await asyncio.sleep(1)
         assert again.served == [1]
+        assert fleet.heard().count(("a", 1, False)) == refusals, "it was blamed for what its predecessor did"
         await fleet.sync.publish(make_ticket(2))
         await asyncio.sleep(1)
         assert again.served == [1, 2]
@@ -380,6 +387,19 @@ def test_a_version_that_a_worker_refuses_is_reported_and_the_next_one_replaces_i
         await fleet.sync.publish(make_ticket(2))
         await asyncio.sleep(1)
         assert bad.served == [2]
+
+    with_fleet(work)
+
+
+def test_a_late_refusal_of_an_older_version_does_not_count_against_the_newer() -> None:
+    async def work(fleet: Fleet) -> None:
+        torn = ChecksumMismatch("checksum 00 arrived")
+        await fleet.add("a", swap_s=1, fail=lambda version, attempt: torn if version == 1 else None)
+        first = asyncio.create_task(fleet.sync.publish(make_ticket(1)))
+        await asyncio.sleep(0.5)
+        await fleet.sync.publish(make_ticket(2))
+        assert now() == 2.0  # version 1 was refused at 1.0
+        await first  # a newer version is served
 
     with_fleet(work)
 
