@@ -14,15 +14,16 @@ import math
 import os
 import pickle
 import socket
-from collections.abc import Iterable, Iterator
+import threading
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import cache
-from typing import Any, Literal, Protocol
+from typing import Any, Generic, Literal, Protocol, TypeVar
 
 import torch
 from torch import Tensor
-from torch.distributed import ProcessGroupGloo
+from torch.distributed import ProcessGroupGloo, TCPStore
 from torch.distributed.distributed_c10d import PrefixStore
 from torch.multiprocessing.reductions import reduce_tensor
 from vllm.config import VllmConfig
@@ -39,6 +40,7 @@ from vllm.utils.nccl import unpinned_nccl_env
 
 from rlsys.errors import ConfigError, EngineError, WeightSyncError
 
+T = TypeVar("T")
 Collective = Literal["nccl", "gloo"]
 
 BACKENDS = {"nccl": "nccl", "ipc": "ipc", "gloo": "rlsys_gloo"}
@@ -96,6 +98,45 @@ def update_info(nbytes: int, **handles: Any) -> dict[str, Any]:
     return {"names": ["version"], "dtype_names": ["uint8"], "shapes": [[nbytes]], **handles}
 
 
+class Seat(Generic[T]):
+    """This process's place in the newest group. One that was given up while it was being formed is closed at once."""
+
+    def __init__(self, close: Callable[[T], None]) -> None:
+        self._close = close
+        self._epoch: int | None = None
+        self._group: T | None = None
+        self._lock = threading.Lock()
+
+    @property
+    def group(self) -> T:
+        """Raises `WeightSyncError` when there is none."""
+        group = self._group
+        if group is None:
+            raise WeightSyncError("this process is in no group")
+        return group
+
+    def take(self, epoch: int, connect: Callable[[], T]) -> None:
+        """`connect` waits for the others."""
+        self.leave(self._epoch)
+        self._epoch = epoch
+        group = connect()
+        with self._lock:
+            if self._epoch == epoch:
+                self._group = group
+                return
+        self._close(group)
+        raise WeightSyncError(f"group {epoch} was given up while it was formed")
+
+    def leave(self, epoch: int | None) -> None:
+        """Give up the group of that epoch, if it is still the newest."""
+        with self._lock:
+            if self._epoch != epoch:
+                return
+            group, self._group, self._epoch = self._group, None, None
+        if group is not None:
+            self._close(group)
+
+
 # The learner's ends.
 
 
@@ -107,12 +148,16 @@ class IpcSender:
 
     def __init__(self) -> None:
         _require_gpu("ipc")
+        self._shown: dict[int, bytes] = {}  # by address: showing memory again would wrap it again, each time
 
     def send(self, buffer: Tensor) -> bytes:
-        """The payload of a ticket: the handle, by the GPU's UUID."""
-        _, handle = reduce_tensor(buffer)  # type: ignore[no-untyped-call]
-        uuid = str(torch.cuda.get_device_properties(buffer.device).uuid)
-        return pickle.dumps(update_info(buffer.numel(), ipc_handles=[{uuid: handle}]))
+        """The payload of a ticket: the handle, by the GPU's UUID. The buffer lives as long as this process."""
+        address = buffer.data_ptr()
+        if address not in self._shown:
+            _, handle = reduce_tensor(buffer)  # type: ignore[no-untyped-call]
+            uuid = str(torch.cuda.get_device_properties(buffer.device).uuid)
+            self._shown[address] = pickle.dumps(update_info(buffer.numel(), ipc_handles=[{uuid: handle}]))
+        return self._shown[address]
 
 
 class CollectiveSender:
@@ -123,7 +168,7 @@ class CollectiveSender:
         _require_gpu(backend)
         self._backend, self._address = backend, address
         self._door: socket.socket | None = None
-        self._group: tuple[int, Any] | None = None
+        self._seat: Seat[Any] = Seat(close=lambda group: group.destroy())
 
     def send(self, buffer: Any) -> dict[str, Any]:
         """The payload of a ticket; the bytes themselves follow by `broadcast`."""
@@ -139,24 +184,35 @@ class CollectiveSender:
     def join(self, meeting: Meeting) -> None:
         """Returns when everybody came. Raises when somebody did not in time."""
         door, self._door = self._door, None
-        self._group = (
-            meeting.epoch,
-            _connect(self._backend, meeting.address, meeting.port, 0, meeting.size, meeting.timeout_s, door),
-        )
+        if door is None:
+            raise WeightSyncError("the learner does not listen")
+
+        def connect() -> Any:
+            timeout = timedelta(seconds=math.ceil(meeting.timeout_s))
+            # Not by StatelessProcessGroup.create: when nobody comes it closes a descriptor that is no longer its own.
+            store = TCPStore(
+                meeting.address,
+                meeting.port,
+                meeting.size,
+                True,
+                timeout,
+                master_listen_fd=door.detach(),
+                use_libuv=False,
+            )
+            members = StatelessProcessGroup(rank=0, world_size=meeting.size, store=store)
+            return _communicator(self._backend, members, meeting.address, meeting.timeout_s)
+
+        self._seat.take(meeting.epoch, connect)
 
     def broadcast(self, buffer: Any) -> None:
         """Send a buffer to the group; returns when it may be overwritten. Raises when a member is lost."""
-        if self._group is None:
-            raise WeightSyncError("the learner is in no group")
-        _, group = self._group
+        group = self._seat.group
         with _stream(self._backend) as stream:
             group.broadcast(torch.as_tensor(buffer), src=0, stream=stream)
 
     def leave(self, epoch: int) -> None:
         """Give a group up. With NCCL, whoever waits in it is released."""
-        if self._group is not None and self._group[0] == epoch:
-            (_, group), self._group = self._group, None
-            group.destroy()
+        self._seat.leave(epoch)
 
 
 # A worker's end.
@@ -170,7 +226,9 @@ class BackendReceiver:
         _require_gpu(transport)
         self._transport, self._vllm_config = transport, vllm_config
         self._device = torch.device("cpu") if transport == "gloo" else torch.device("cuda", torch.cuda.current_device())
-        self._link: tuple[int, Any, Inbox] | None = (0, *self._make()) if transport == "ipc" else None
+        self._seat: Seat[tuple[Any, Inbox]] = Seat(close=lambda link: link[0].shutdown())
+        if transport == "ipc":  # the learner's memory can be seen by everybody on its GPU
+            self._seat.take(0, self._make)
 
     def _make(self, **init: Any) -> tuple[Any, Inbox]:
         inbox = Inbox(copy=self._transport == "ipc")
@@ -183,15 +241,17 @@ class BackendReceiver:
         """Returns when everybody came. Raises when somebody did not in time."""
         where = {"master_address": meeting.address, "master_port": meeting.port}
         patience = {"timeout_s": meeting.timeout_s} if self._transport == "gloo" else {}  # vLLM's waits 300 s
-        backend, inbox = self._make(**where, rank_offset=rank, world_size=meeting.size, **patience)
-        _require_open(backend.model_update_group)
-        self._link = meeting.epoch, backend, inbox
+
+        def connect() -> tuple[Any, Inbox]:
+            link = self._make(**where, rank_offset=rank, world_size=meeting.size, **patience)
+            _require_open(link[0].model_update_group)
+            return link
+
+        self._seat.take(meeting.epoch, connect)
 
     def receive(self, payload: Any) -> Any:
         """The bytes of a ticket, in this process's memory or on its GPU; blocks until they are here."""
-        if self._link is None:
-            raise WeightSyncError("this worker is in no group")
-        _, backend, inbox = self._link
+        backend, inbox = self._seat.group
         update = pickle.loads(payload) if isinstance(payload, bytes) else payload
         try:
             with _stream(self._transport):
@@ -203,28 +263,16 @@ class BackendReceiver:
 
     def leave(self, epoch: int) -> None:
         """Give a group up. With NCCL, whoever waits in it is released."""
-        if self._link is not None and self._link[0] == epoch:
-            (_, backend, _), self._link = self._link, None
-            backend.shutdown()
+        self._seat.leave(epoch)
 
 
 # What both ends are made of.
 
 
-def _connect(
-    backend: Collective,
-    address: str,
-    port: int,
-    rank: int,
-    size: int,
-    timeout_s: float,
-    door: socket.socket | None = None,
-) -> Any:
-    members = StatelessProcessGroup.create(
-        address, port, rank, size, store_timeout=math.ceil(timeout_s), listen_socket=door
-    )
+def _communicator(backend: Collective, members: StatelessProcessGroup, address: str, timeout_s: float) -> Any:
+    """`address`: this process's own, on the network that the members share."""
     if backend == "gloo":
-        return GlooCommunicator(members, _way_to(address, port), timeout_s)
+        return GlooCommunicator(members, address, timeout_s)
     with unpinned_nccl_env():
         group = PyNcclCommunicator(members, device=torch.cuda.current_device())
     _require_open(group)
@@ -267,7 +315,6 @@ class GlooCommunicator:
     """What vLLM's NCCL backend asks of a communicator, over TCP. An operation fails after `timeout_s`."""
 
     def __init__(self, members: StatelessProcessGroup, address: str, timeout_s: float) -> None:
-        """`address`: this process's own, on the network that the members share."""
         gloo: Any = ProcessGroupGloo  # torch's types know little of it
         options = gloo._Options()
         options._timeout = timedelta(seconds=timeout_s)
@@ -309,14 +356,15 @@ class GlooTransferEngine(NCCLWeightTransferEngine):
         """Join the group."""
         assert init_info.master_address is not None
         assert init_info.master_port is not None
-        self.model_update_group = _connect(
-            "gloo",
-            init_info.master_address,
-            init_info.master_port,
+        address, port = init_info.master_address, init_info.master_port
+        members = StatelessProcessGroup.create(
+            address,
+            port,
             init_info.rank_offset + self.parallel_config.rank,
             init_info.world_size,
-            init_info.timeout_s,
+            store_timeout=math.ceil(init_info.timeout_s),
         )
+        self.model_update_group = _communicator("gloo", members, _way_to(address, port), init_info.timeout_s)
 
     def receive_weights(self, update_info: NCCLWeightTransferUpdateInfo) -> None:
         """As NCCL's unpacked branch, without CUDA streams."""

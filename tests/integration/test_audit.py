@@ -86,10 +86,9 @@ def test_versions_reach_both_workers_by_broadcast_and_are_served_exactly(home: P
     assert all(row["weight_sync/bytes"] > 0 and row["weight_sync/apply_s"] > 0 for row in trained[1:])
     assert {response["worker"] for response in responses(run)} == {"rollout-0", "rollout-1"}
     # log mu was recorded under the version that the engine served; the same version's log pi comes from the copy.
-    engine = [row["split/engine/abs_mean"] for row in trained if row.get("split/engine/abs_mean") is not None]
-    assert len(engine) == len(trained)
-    assert max(engine) < EXACT
-    assert max(row["split/lag/abs_mean"] for row in trained) > EXACT, "versions that differ so little prove nothing"
+    probed = [row for row in trained if row.get("split/engine/abs_mean") is not None]
+    assert max(row["split/engine/abs_mean"] for row in probed) < EXACT
+    assert max(row["split/lag/abs_mean"] for row in probed) > 100 * EXACT, "versions that hardly differ prove nothing"
 
 
 @pytest.fixture(scope="module")

@@ -12,6 +12,7 @@ import multiprocessing
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -74,8 +75,9 @@ class Link:
 
     def send(self, manifest: WeightManifest, buffer: Any) -> Any:
         """The bytes as they arrive, verified."""
-        payload = self.sender.send(buffer)
-        arrived, _ = together(lambda: self.receiver.receive(payload), lambda: self.sender.broadcast(buffer))
+        mine = buffer.copy()  # what was published is read-only here
+        payload = self.sender.send(mine)
+        arrived, _ = together(lambda: self.receiver.receive(payload), lambda: self.sender.broadcast(mine))
         verify(manifest, arrived)
         return arrived
 
@@ -124,9 +126,9 @@ def test_bytes_that_are_not_the_versions_never_reach_the_engine(serve: Engines, 
 def test_who_is_in_no_group_says_so(serve: Engines) -> None:
     from rlsys.engines.transfer import CollectiveSender
 
-    with pytest.raises(WeightSyncError, match="the learner is in no group"):
+    with pytest.raises(WeightSyncError, match="in no group"):
         CollectiveSender("gloo", "127.0.0.1").broadcast(np.zeros(8, dtype=np.uint8))
-    with pytest.raises(WeightSyncError, match="this worker is in no group"):
+    with pytest.raises(WeightSyncError, match="in no group"):
         serve().engine.backend_receiver("gloo").receive({})
 
 
@@ -137,6 +139,25 @@ def test_a_group_that_never_meets_fails_in_time() -> None:
     _, port = sender.listen()
     with pytest.raises(RuntimeError, match=r"[Tt]imed out"):
         sender.join(group("absent", port=port, timeout_s=1))
+
+
+def test_a_group_that_was_given_up_while_it_was_formed_is_not_entered(serve: Engines) -> None:
+    from rlsys.engines.transfer import CollectiveSender
+
+    sender, receiver = CollectiveSender("gloo", "127.0.0.1"), serve().engine.backend_receiver("gloo")
+    _, port = sender.listen()
+    meeting = group("late", epoch=5, port=port)
+    with ThreadPoolExecutor(2) as threads:
+        joining = threads.submit(sender.join, meeting)
+        while sender._seat._epoch != 5:
+            time.sleep(0.01)
+        sender.leave(5)
+        late = threads.submit(receiver.join, meeting, 1)
+        with pytest.raises(WeightSyncError, match="group 5 was given up"):
+            joining.result()
+        assert late.exception() is None or "clos" in str(late.exception())
+    with pytest.raises(WeightSyncError, match="in no group"):
+        sender.broadcast(np.zeros(8, dtype=np.uint8))
 
 
 # -- processes that live and die ---------------------------------------------------------------------------------------
