@@ -227,8 +227,7 @@ class CollectiveSync(WeightSync[Member]):
         async def end() -> None:
             await asyncio.sleep(seconds)
             self._resting.difference_update(names)
-            async with self._changed:
-                self._changed.notify_all()
+            await self._notify()
 
         self._resting |= names
         alarm = asyncio.create_task(end())

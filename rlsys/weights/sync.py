@@ -86,24 +86,31 @@ class WeightSync(Generic[WorkerT]):
 
     async def add(self, name: str, worker: WorkerT) -> None:
         """A worker joins, perhaps after an earlier one of that name; it is brought to the current version first."""
-        await self.remove(name)
+        self._drop(name)
         self._workers[name] = worker
         self._joined(name)
+        await self._notify()
 
     async def remove(self, name: str) -> None:
         """A worker left."""
-        if self._workers.pop(name, None) is not None:
-            self._left(name)
-        self._serving.pop(name, None)
-        self._refused.pop(name, None)
-        async with self._changed:
-            self._changed.notify_all()
+        self._drop(name)
+        await self._notify()
 
     async def acks(self, cursor: int) -> list[Ack]:
         """Acknowledgements after the first `cursor` ones; waits for at least one."""
         async with self._changed:
             await self._changed.wait_for(lambda: len(self._acks) > cursor)
             return self._acks[cursor:]
+
+    def _drop(self, name: str) -> None:
+        if self._workers.pop(name, None) is not None:
+            self._left(name)
+        self._serving.pop(name, None)
+        self._refused.pop(name, None)
+
+    async def _notify(self) -> None:
+        async with self._changed:
+            self._changed.notify_all()
 
     def _joined(self, name: str) -> None:
         self._senders[name] = asyncio.create_task(self._send(name, self._workers[name]), name=f"weights to {name}")
