@@ -48,6 +48,7 @@ class AuditActor:
         """`audit/*` of groups of the batch that was trained at the ticket's version."""
         from rlsys.weights.buffer import unpack
 
+        ticket = ticket.stored or ticket
         manifest = ticket.manifest
         unpack(manifest, self._transport.receive(ticket.payload), self._audit.policy.named_tensors())
         batch = [ScoredGroup(group=g, score=s) for g, s in zip(select(places, bundles), scores, strict=True)]

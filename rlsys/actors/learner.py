@@ -4,28 +4,28 @@ import socket
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import ray
 
 from rlsys.actors.bundle import Bundle, Place, select
 from rlsys.actors.process import settle
+from rlsys.actors.publishing import Publisher, precisions
 from rlsys.config.schema import RunConfig
 from rlsys.observability.spans import Span, SpanLog
 from rlsys.records import BatchArrays, FloatArray, GroupScore, LearnerStep, ScoredGroup
+from rlsys.versions import PolicyVersion
+from rlsys.weights.collective import Group
 from rlsys.weights.transport import WeightTicket
 
-if TYPE_CHECKING:
-    from rlsys.weights.buffer import WeightPacker
 
-
-@ray.remote(concurrency_groups={"control": 1})
+@ray.remote(concurrency_groups={"control": 1, "weights": 4})
 class LearnerActor:
-    """Holds the learner, or one rank of it, and on the first rank the buffer its parameters are published from.
+    """Holds the learner, or one rank of it; the first rank publishes its parameters.
 
-    Every rank gets every call but `meet`, and the first one's answers count: what the others know is the same.
+    Every rank gets every call of the learner's port, and the first one's answers count: what the others know is the
+    same. Broadcasts run beside training: they may wait for a worker.
     """
 
     def __init__(self, path: str, config: RunConfig, resume: Path | None, rank: int = 0) -> None:
@@ -35,7 +35,6 @@ class LearnerActor:
         self._host = ray.util.get_node_ip_address()
         self._listener: socket.socket | None = None
         self._spans = SpanLog()
-        self._tickets: list[WeightTicket] = []
 
     def meet(self) -> str:
         """Where the ranks find each other, address:port: the first rank's node, a free port."""
@@ -51,8 +50,6 @@ class LearnerActor:
         from rlsys.learning.checkpoint import load
         from rlsys.learning.learner import Learner
         from rlsys.learning.ranks import ALONE, join
-        from rlsys.weights.buffer import WeightPacker
-        from rlsys.weights.transport import ObjectStoreTransport
 
         config, ranks, device = self._config, ALONE, "cuda" if self._on_gpu else "cpu"
         torch.set_num_threads(config.resources.learner_threads)
@@ -71,14 +68,11 @@ class LearnerActor:
         self._learner = Learner.of(config, self._resume or self._path, device=device, ranks=ranks)
         if self._resume is not None:
             self._learner.load_state(load(self._resume).state)
-        dtypes = [config.rollout.dtype]
-        if config.probe.fraction and config.rollout.dtype != config.model.dtype:
-            dtypes.append(config.model.dtype)
-        policy = self._learner.policy
-        self._packers = [
-            WeightPacker(policy.named_tensors(), dtype=dtype, vocab_size=policy.vocab_size) for dtype in dtypes
-        ]
-        self._transport = ObjectStoreTransport()
+        if self._rank == 0:
+            policy, gathered = self._learner.policy, self._learner.named_tensors
+            self._publisher = Publisher(
+                config, policy.named_tensors(), gathered, vocab_size=policy.vocab_size, address=self._host
+            )
 
     def update(
         self,
@@ -94,22 +88,13 @@ class LearnerActor:
         return update.step, self.publish(), update.arrays if self._rank == 0 else None
 
     def publish(self) -> WeightTicket | None:
-        """The current version in the object store; the other ranks only help to gather it."""
-        with self._spans.span("publish", version=self._learner.version, bytes=self._packers[0].nbytes):
-            if self._rank > 0:
-                for _ in self._packers:
-                    deque(self._learner.named_tensors(), maxlen=0)
-                return None
-            ticket, *exact = [self._send(packer) for packer in self._packers]
-            ticket = replace(ticket, exact=exact[0] if exact else None)
-        self._tickets = [*self._tickets[-1:], ticket]  # the store keeps what somebody may still fetch
-        return ticket
-
-    def _send(self, packer: "WeightPacker") -> WeightTicket:
-        start = time.perf_counter()
-        manifest, buffer = packer.pack(self._learner.named_tensors(), self._learner.version)
-        payload = self._transport.send(buffer)
-        return WeightTicket(manifest=manifest, payload=payload, publish_s=time.perf_counter() - start)
+        """The current version, ready to be taken by the workers; the other ranks only help to gather it."""
+        if self._rank > 0:
+            for _ in precisions(self._config):
+                deque(self._learner.named_tensors(), maxlen=0)
+            return None
+        with self._spans.span("publish", version=self._learner.version, bytes=self._publisher.nbytes):
+            return self._publisher.publish(self._learner.version)
 
     def save(self, directory: Path, extra: Mapping[str, Any]) -> None:
         """Write a checkpoint atomically, with the initial model's tokenizer; older ones are pruned."""
@@ -123,3 +108,27 @@ class LearnerActor:
     def spans(self) -> list[Span]:
         """What it did since the last call."""
         return self._spans.take()
+
+    # What `weights.collective` asks of the learner's first rank.
+
+    @ray.method(concurrency_group="weights")
+    def listen(self) -> tuple[str, int]:
+        """Where the next group of workers is to meet."""
+        return self._publisher.listen()
+
+    @ray.method(concurrency_group="weights")
+    def join(self, group: Group) -> None:
+        """Returns when the group has met."""
+        self._publisher.join(group)
+
+    @ray.method(concurrency_group="weights")
+    def broadcast(self, version: PolicyVersion) -> None:
+        """Send a version to the group."""
+        start = time.time()
+        self._publisher.broadcast(version)
+        self._spans.add("broadcast", start, time.time(), track=1, version=version)
+
+    @ray.method(concurrency_group="weights")
+    def leave(self, epoch: int) -> None:
+        """Give a group up."""
+        self._publisher.leave(epoch)

@@ -48,7 +48,7 @@ class ProbeActor:
         """Hold a version: views of the bytes in the object store, in the learner's own precision."""
         import torch
 
-        exact = ticket.exact or ticket
+        exact = ticket.exact or ticket.stored or ticket
         buffer = torch.frombuffer(self._transport.receive(exact.payload), dtype=torch.uint8)
         self._probe.keep(exact.manifest.version, {slot.name: slot.view(buffer) for slot in exact.manifest.layout})
 

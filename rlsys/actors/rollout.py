@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import numpy as np
 import ray
@@ -19,6 +20,7 @@ from rlsys.engines.protocol import Sampled, Sampling
 from rlsys.observability.spans import Span
 from rlsys.records import GroupSummary, Prompt, Rollout, RolloutGroup
 from rlsys.versions import PolicyVersion
+from rlsys.weights.collective import Group
 from rlsys.weights.transport import WeightTicket
 
 
@@ -65,7 +67,10 @@ class RolloutActor:
         self._driver = EngineDriver(engine)
         if not on_gpu:
             leave_core_to(self._driver.thread, cores, config)
-        self._transport = ObjectStoreTransport()
+        transport = config.weights.transport
+        self._transport: Any = (
+            ObjectStoreTransport() if transport == "object_store" else engine.backend_receiver(transport)
+        )
         self._name = name
         self._rollout = config.rollout
         self._sampling = Sampling(max_new_tokens=config.rollout.max_new_tokens, temperature=config.rollout.temperature)
@@ -150,6 +155,22 @@ class RolloutActor:
         self._driver.spans.add("fetch", start, time.time(), track=1, version=version)
         report = await self._driver.apply(ticket.manifest, buffer)
         return report.pause_s
+
+    # What `weights.collective` asks of a worker.
+
+    @ray.method(concurrency_group="control")
+    async def ready(self) -> None:
+        """Answers."""
+
+    @ray.method(concurrency_group="control")
+    async def join(self, group: Group, rank: int) -> None:
+        """Returns when the group has met."""
+        await asyncio.to_thread(self._transport.join, group, rank)
+
+    @ray.method(concurrency_group="control")
+    async def leave(self, epoch: int) -> None:
+        """Give a group up."""
+        await asyncio.to_thread(self._transport.leave, epoch)
 
     @ray.method(concurrency_group="control")
     async def spans(self) -> list[Span]:

@@ -41,6 +41,7 @@ from rlsys.config.section import (
     refusal,
 )
 from rlsys.config.tasks import ArithmeticTask, CustomTask, JsonlTask, ReasoningGymTask, RewardConfig, TaskConfig
+from rlsys.config.transport import WeightsConfig, require_fitting_transport
 
 __all__ = [
     "AdvantageConfig",
@@ -254,13 +255,6 @@ class RecordsConfig(Section):
     tensorboard: Flag = True
 
 
-class WeightsConfig(Section):
-    """How versions reach the rollout workers."""
-
-    timeout_s: PositiveFloat = 60.0
-    """A version that no worker acknowledges within this time stops the run."""
-
-
 class ResourcesConfig(Section):
     """Where the parts run."""
 
@@ -315,6 +309,11 @@ class RunConfig(Section):
         if not name or name in (".", "..") or any(c in name for c in "/\\\0") or name != name.strip():
             raise ValueError("must be a plain directory name without slashes")
         return name
+
+    @model_validator(mode="after")
+    def _transport_fits(self) -> Self:
+        require_fitting_transport(self)
+        return self
 
     @model_validator(mode="after")
     def _sections_agree(self) -> Self:

@@ -66,12 +66,13 @@ def start_actors(config: RunConfig, path: str, resume: Path | None, version: int
         )
         for i in range(config.rollout.workers)
     }
+    learners = [
+        LearnerActor.options(num_cpus=1, num_gpus=resources.learner_gpus).remote(path, config, resume, rank)  # type: ignore[attr-defined]
+        for rank in range(config.learner.ranks)
+    ]
     fleet = Fleet(
-        learner=[
-            LearnerActor.options(num_cpus=1, num_gpus=resources.learner_gpus).remote(path, config, resume, rank)  # type: ignore[attr-defined]
-            for rank in range(config.learner.ranks)
-        ],
-        weights=WeightSyncActor.options(num_cpus=0).remote(config),  # type: ignore[attr-defined]
+        learner=learners,
+        weights=WeightSyncActor.options(num_cpus=0).remote(config, learners[0]),  # type: ignore[attr-defined]
         rollouts=rollouts,
         rewards=[RewardActor.options(num_cpus=0).remote(config) for _ in range(config.reward.workers)],  # type: ignore[attr-defined]
         recorder=RecorderActor.options(num_cpus=0).remote(config),  # type: ignore[attr-defined]

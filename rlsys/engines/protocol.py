@@ -1,7 +1,7 @@
 """What a rollout worker asks of an inference engine."""
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -9,8 +9,11 @@ import numpy.typing as npt
 from rlsys.records import FinishReason, FloatArray, IntArray
 from rlsys.versions import PolicyVersion, VersionSpan, WeightManifest
 
-Buffer = npt.NDArray[np.uint8]
-"""A version's bytes, one-dimensional and contiguous."""
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Buffer: TypeAlias = "npt.NDArray[np.uint8] | Tensor"
+"""A version's bytes, one-dimensional and contiguous: in host memory, or a uint8 tensor on the engine's device."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -58,8 +58,9 @@ class BufferReceiver(WeightTransferEngine[BufferInit, BufferUpdate]):
 
         What the first version consists of, every later one must: one that lacks a parameter changes nothing.
         """
-        # vLLM's own method would then synchronise an accelerator; there may be none.
         self.receive_weights(self.parse_update_info(update_info))
+        if self.device.type != "cpu":  # vLLM's own method synchronises always; there may be no accelerator
+            torch.accelerator.synchronize()
 
     def receive_weights(self, update: BufferUpdate) -> None:
         """Point at the buffer, or load from it."""

@@ -1,8 +1,8 @@
 """vLLM as an `Engine`: in this process, eager, one decode step at a time.
 
 Running in-process lets a new version be swapped in exactly between two steps, so vLLM's own per-token
-weight versions are exact. Every private vLLM name the project touches is in this file and in `receiver`,
-each with a test that fails when vLLM changes it.
+weight versions are exact. Every private vLLM name the project touches is in this file, `receiver` and
+`transfer`, each with a test that fails when vLLM changes it.
 """
 
 import os
@@ -10,10 +10,6 @@ import os
 # Read when vllm is imported. In-process engine; no compiled log-prob rank (20 s at the first request).
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
-# Its warnings are about compilation and preloaded libraries; standard output is for what the command line prints.
-os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
-os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 
 import logging
 import warnings
@@ -30,6 +26,7 @@ from vllm.sampling_params import RequestOutputKind
 from rlsys.config.schema import ModelConfig, RolloutConfig
 from rlsys.engines import receiver
 from rlsys.engines.protocol import Buffer, Sampled, Sampling
+from rlsys.engines.transfer import BackendReceiver
 from rlsys.errors import ConfigError, EngineError, WeightSyncError
 from rlsys.records import FinishReason
 from rlsys.versions import PolicyVersion, VersionSpan, WeightManifest
@@ -118,7 +115,8 @@ class VllmEngine:
 
     def apply(self, manifest: WeightManifest, buffer: Buffer) -> None:
         """Swap in a verified version between two steps. Raises `WeightSyncError`; the old one keeps serving."""
-        update = {"manifest": manifest, "buffer": torch.frombuffer(buffer, dtype=torch.uint8)}
+        tensor = buffer if isinstance(buffer, torch.Tensor) else torch.frombuffer(buffer, dtype=torch.uint8)
+        update = {"manifest": manifest, "buffer": tensor}
         self._engine.collective_rpc("start_weight_update")
         try:
             self._engine.collective_rpc("update_weights", args=(update,))
@@ -129,6 +127,10 @@ class VllmEngine:
         self._version = manifest.version
         if self._reset_kv and not self._engine.reset_prefix_cache(reset_running_requests=True):
             raise WeightSyncError(f"version {manifest.version}: vLLM did not reset its KV cache")
+
+    def backend_receiver(self, transport: str) -> BackendReceiver:
+        """This worker's end of a transport that is one of vLLM's backends."""
+        return BackendReceiver(transport, self._engine.vllm_config)
 
     def shutdown(self) -> None:
         """End vLLM's executor."""

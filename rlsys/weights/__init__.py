@@ -2,5 +2,5 @@
 
 `layout` orders tensors so that an engine can point at them; `buffer` fills and checks the bytes;
 `transport` moves them (Ray's object store: zero-copy on a node); `sync` keeps every worker on the
-newest version and knows what each one serves.
+newest version and knows what each one serves; `collective` does so where all have to take part at once.
 """

@@ -9,7 +9,7 @@ import logging
 import time
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Generic, Protocol, TypeVar
 
 from rlsys.errors import WeightSyncError
 from rlsys.versions import PolicyVersion
@@ -45,12 +45,16 @@ class Applier(Protocol):
         """Fetch, verify and serve a version; returns seconds of paused decoding. Raises on any failure."""
 
 
-class WeightSync:
+WorkerT = TypeVar("WorkerT", bound=Applier)
+
+
+class WeightSync(Generic[WorkerT]):
     """Sends versions to workers and collects their acknowledgements. For one event loop."""
 
     def __init__(self, *, timeout_s: float) -> None:
         self._timeout_s = timeout_s
         self._ticket: WeightTicket | None = None
+        self._workers: dict[str, WorkerT] = {}
         self._senders: dict[str, asyncio.Task[None]] = {}
         self._changed = asyncio.Condition()
         self._acks: list[Ack] = []
@@ -72,28 +76,25 @@ class WeightSync:
             try:
                 async with asyncio.timeout(self._timeout_s):
                     await self._changed.wait_for(
-                        lambda: self._served(version) or self._senders.keys() <= self._refused.keys()
+                        lambda: self._served(version) or self._workers.keys() <= self._refused.keys()
                     )
             except TimeoutError:
                 within = f" within {self._timeout_s:g} s"
-            if self._senders and not self._served(version):
+            if self._workers and not self._served(version):
                 why = "".join(f"; {name}: {error}" for name, error in self._refused.items())
                 raise WeightSyncError(f"no worker served version {version}{within}{why}")
 
-    async def add(self, name: str, worker: Applier) -> None:
+    async def add(self, name: str, worker: WorkerT) -> None:
         """A worker joins, perhaps after an earlier one of that name; it is brought to the current version first."""
-        await self.remove(name)
-        self._senders[name] = asyncio.create_task(self._send(name, worker), name=f"weights to {name}")
+        self._drop(name)
+        self._workers[name] = worker
+        self._joined(name)
+        await self._notify()
 
     async def remove(self, name: str) -> None:
         """A worker left."""
-        sender = self._senders.pop(name, None)
-        if sender is not None:
-            sender.cancel()
-        self._serving.pop(name, None)
-        self._refused.pop(name, None)
-        async with self._changed:
-            self._changed.notify_all()
+        self._drop(name)
+        await self._notify()
 
     async def acks(self, cursor: int) -> list[Ack]:
         """Acknowledgements after the first `cursor` ones; waits for at least one."""
@@ -101,18 +102,37 @@ class WeightSync:
             await self._changed.wait_for(lambda: len(self._acks) > cursor)
             return self._acks[cursor:]
 
+    def _drop(self, name: str) -> None:
+        if self._workers.pop(name, None) is not None:
+            self._left(name)
+        self._serving.pop(name, None)
+        self._refused.pop(name, None)
+
+    async def _notify(self) -> None:
+        async with self._changed:
+            self._changed.notify_all()
+
+    def _joined(self, name: str) -> None:
+        self._senders[name] = asyncio.create_task(self._send(name, self._workers[name]), name=f"weights to {name}")
+
+    def _left(self, name: str) -> None:
+        self._senders.pop(name).cancel()
+
+    async def _record(self, ack: Ack, ticket: WeightTicket) -> None:
+        async with self._changed:
+            self._acks.append(ack)
+            if ack.error is None:
+                self._serving[ack.worker] = ack.version
+            elif ticket is self._ticket:
+                self._refused[ack.worker] = ack.error
+            self._changed.notify_all()
+
     async def _send(self, name: str, worker: Applier) -> None:
         served: PolicyVersion | None = None
         while True:
             ticket = await self._newer_than(served)
             ack = await self._deliver(name, worker, ticket)
-            async with self._changed:
-                self._acks.append(ack)
-                if ack.error is None:
-                    self._serving[name] = ack.version
-                elif ticket is self._ticket:
-                    self._refused[name] = ack.error
-                self._changed.notify_all()
+            await self._record(ack, ticket)
             if ack.error is None:
                 served = ack.version
             else:

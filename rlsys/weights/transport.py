@@ -1,7 +1,8 @@
 """Moving the bytes of a version from the learner to rollout workers.
 
 `ObjectStoreTransport` puts them once into Ray's object store: readers on the same node map the same memory,
-readers elsewhere get one copy per node. A collective transport (NCCL) fits behind the same two calls.
+readers elsewhere get one copy per node. `engines.transfer` has those that are made of vLLM's weight-transfer backends,
+behind the same two calls; transports that broadcast also meet in a group (`weights.collective`).
 """
 
 from dataclasses import dataclass
@@ -19,12 +20,14 @@ if TYPE_CHECKING:  # the controller and the weight-sync service know tickets, an
 class WeightTicket:
     """A published version and where its bytes can be had. `payload` is the transport's own.
 
-    `exact`: the same version in the learner's precision, for the probe, where the workers' is lower.
+    `stored`: the same bytes in the object store, for probe and audit, where the workers' travel another way.
+    `exact`: the same version in the learner's precision, in the object store, where the workers' is lower.
     """
 
     manifest: WeightManifest
     payload: Any
     publish_s: float = 0.0
+    stored: "WeightTicket | None" = None
     exact: "WeightTicket | None" = None
 
 

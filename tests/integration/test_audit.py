@@ -1,4 +1,7 @@
-"""A run that audits its gradients, and the same audit of the finished run's directory."""
+"""A run that audits its gradients, and the same audit of the finished run's directory.
+
+Its versions go to two workers by broadcast, so what audit and probe read from the object store is a copy.
+"""
 
 import json
 from pathlib import Path
@@ -7,12 +10,15 @@ from typing import Any
 import pytest
 
 from rlsys.observability.catalogue import definition
-from tests.integration.running import SMALL, Outcome, rlsys, rows, steps, write_config
+from tests.integration.running import SMALL, Outcome, responses, rlsys, rows, steps, write_config
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(900)]
 
 NAMES = {"audit/cosine", "audit/norm_ratio", "audit/cosine_floor"}
 PROMPTS = 6
+
+EXACT = 1e-5
+"""Nats, mean of a batch. Engine and learner are both float32."""
 
 
 @pytest.fixture(scope="module")
@@ -24,6 +30,9 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
         audit={"every": 4, "prompts": PROMPTS},
         checkpoint={"every": 3, "keep": 3},
         eval={"every": 0, "max_prompts": 1},
+        rollout={"workers": 2},
+        weights={"transport": "gloo"},
+        probe={"fraction": 1.0},
     )
     return path
 
@@ -67,6 +76,19 @@ def test_the_audit_ends_with_its_run_and_disturbs_nothing(home: Path, outcome: O
     assert outcome.stderr == ""
     events = home / "runs" / "run" / "events.jsonl"
     assert "audit_failed" not in (events.read_text() if events.exists() else "")
+
+
+def test_versions_reach_both_workers_by_broadcast_and_are_served_exactly(home: Path, outcome: Outcome) -> None:
+    run = home / "runs" / "run"
+    assert not [event for event in rows(run / "events.jsonl") if event["kind"] in ("sync_failed", "worker_lost")]
+    trained = steps(run)
+    assert max(row["weight_sync/acked"] for row in trained) == 2
+    assert all(row["weight_sync/bytes"] > 0 and row["weight_sync/apply_s"] > 0 for row in trained[1:])
+    assert {response["worker"] for response in responses(run)} == {"rollout-0", "rollout-1"}
+    # log mu was recorded under the version that the engine served; the same version's log pi comes from the copy.
+    probed = [row for row in trained if row.get("split/engine/abs_mean") is not None]
+    assert max(row["split/engine/abs_mean"] for row in probed) < EXACT
+    assert max(row["split/lag/abs_mean"] for row in probed) > 100 * EXACT, "versions that hardly differ prove nothing"
 
 
 @pytest.fixture(scope="module")

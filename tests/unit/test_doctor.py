@@ -20,7 +20,7 @@ def test_the_report_is_quick_and_says_something_about_everything(tmp_path: Path)
     assert time.monotonic() - start < 1
     assert [check.name for check in checks] == [
         *("python", "packages", "torch companions", "cores", "memory", "/dev/shm"),
-        *("gpus", "disk", "ports", "environment", "run directory"),
+        *("gpus", "weight transports", "disk", "ports", "environment", "run directory"),
     ]
     assert all(check.detail for check in checks)
     assert all(check.advice for check in checks if not check.ok)
@@ -64,6 +64,22 @@ def test_builds_that_do_not_fit_the_devices_are_named() -> None:
     assert doctor.check_gpus(H200, GPU).ok is True
     assert doctor.check_gpus(H200, CPU).ok is None
     assert doctor.check_gpus([], GPU).ok is False
+
+
+def test_the_transports_that_work_here_are_named_and_why_the_others_do_not() -> None:
+    assert doctor.check_transports([], CPU) == Check(
+        "weight transports", True, "object_store, gloo; not ipc, nccl: torch 2.13.0+cpu is a CPU build"
+    )
+    assert doctor.check_transports([*H200, *H200], GPU) == Check(
+        "weight transports", True, "object_store, gloo, nccl, ipc"
+    )
+    alone = doctor.check_transports(H200, GPU)
+    assert alone.ok is True
+    assert alone.detail.endswith("nccl, ipc (nccl: with a second GPU, here or on another node)")
+    assert doctor.check_transports([], GPU).detail.endswith("not ipc, nccl: nvidia-smi lists no GPU")
+    unused = doctor.check_transports(H200, CPU)
+    assert (unused.ok, unused.detail[-22:]) == (None, "2.13.0+cpu is a CPU build"[-22:])
+    assert doctor.check_transports([], {}).detail.endswith("torch is not installed")
 
 
 def test_one_core_is_worth_knowing_whether_by_affinity_or_by_quota() -> None:

@@ -15,6 +15,35 @@ MISTAKES = {
         ["rollout.temperature=-1"],
         "rollout.temperature=-1: must be greater than 0",
     ),
+    "an unknown transport": (
+        ["weights.transport=rdma"],
+        "weights.transport='rdma': must be 'object_store', 'gloo', 'nccl' or 'ipc'",
+    ),
+    "nccl without GPUs": (
+        ["weights.transport=nccl"],
+        "resources.learner_gpus=0.0: weights.transport=nccl needs a whole GPU each, at least 1; "
+        "without GPUs allowed are object_store and gloo",
+    ),
+    "nccl on a shared GPU": (
+        ["weights.transport=nccl", "resources.learner_gpus=1.0", "resources.rollout_gpus=0.5"],
+        "resources.rollout_gpus=0.5: weights.transport=nccl needs a whole GPU each, at least 1; "
+        "without GPUs allowed are object_store and gloo",
+    ),
+    "ipc with a worker on the CPU": (
+        ["weights.transport=ipc", "resources.learner_gpus=0.5"],
+        "resources.rollout_gpus=0.0: weights.transport=ipc needs a share of one GPU, more than 0; "
+        "without GPUs allowed are object_store and gloo",
+    ),
+    "ipc over several GPUs": (
+        ["weights.transport=ipc", "resources.learner_gpus=0.5", "resources.rollout_gpus=0.5", "rollout.workers=2"],
+        "weights.transport='ipc': learner and workers must share one GPU, and resources.learner_gpus + rollout.workers "
+        "x resources.rollout_gpus is 1.5; allowed for several GPUs are nccl and object_store",
+    ),
+    "a broadcast to an engine of several processes": (
+        ["weights.transport=gloo", "rollout.engine_options={tensor_parallel_size: 2}"],
+        "rollout.engine_options.tensor_parallel_size=2: must be 1 with weights.transport=gloo, which reaches one "
+        "process a worker; weights.transport=object_store serves engines that are spread over several",
+    ),
     "no workers": (
         ["rollout.workers=0"],
         "rollout.workers=0: must be at least 1",

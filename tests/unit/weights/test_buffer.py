@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from rlsys.errors import ChecksumMismatch, WeightSyncError
 from rlsys.versions import TensorSlot
-from rlsys.weights.buffer import WeightPacker, checksum, unpack, verify
+from rlsys.weights import buffer as module
+from rlsys.weights.buffer import WeightPacker, checksum, unpack, verify, word_sums
 from rlsys.weights.layout import ALIGNMENT, fused_name, plan_layout
 
 ATTENTION = "model.layers.0.self_attn"
@@ -202,6 +203,51 @@ def test_the_checksum_belongs_to_the_parameters_alone() -> None:
     assert one.pack(tensors(0).items(), 3)[0].checksum == first == two.pack(tensors(0).items(), 9)[0].checksum
     assert two.pack(tensors(1).items(), 1)[0].checksum != first
     assert checksum(np.zeros(0, dtype=np.uint8)) == "2d06800538d394c2"  # XXH3-64 of nothing, by its specification
+
+
+# Sums over words, for bytes on a GPU
+
+
+def test_word_sums_equal_the_hand_computed() -> None:
+    """Words 1, 2 and, filled up with zeros, 3: 1+2+3 = 6, 1·1 + 2·2 + 3·3 = 14."""
+    words = torch.tensor([1, 2, 3], dtype=torch.int64).view(torch.uint8)
+    assert word_sums(words) == word_sums(words[:17]) == f"{6:016x}{14:016x}"
+    largest = torch.full((16,), 255, dtype=torch.uint8)  # two words of 2^64 - 1, which is -1: -2 and -3
+    assert word_sums(largest) == f"{(1 << 64) - 2:016x}{(1 << 64) - 3:016x}"
+    assert word_sums(torch.zeros(0, dtype=torch.uint8)) == "0" * 32
+
+
+@given(st.binary(min_size=1, max_size=200), st.data())
+def test_word_sums_see_changed_swapped_and_missing_words(data: bytes, draw) -> None:
+    original = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+    changed = original.clone()
+    changed[draw.draw(st.integers(0, len(data) - 1))] ^= draw.draw(st.integers(1, 255))
+    assert word_sums(changed) != word_sums(original)
+    if len(data) >= 16 and data[:8] != data[8:16]:
+        swapped = torch.cat([original[8:16], original[:8], original[16:]])
+        assert word_sums(swapped) != word_sums(original)
+
+
+def test_word_sums_do_not_depend_on_how_many_are_added_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    buffer = torch.randint(0, 256, (10_007,), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    whole = word_sums(buffer)
+    monkeypatch.setattr(module, "CHUNK", 100)
+    assert word_sums(buffer) == whole
+
+
+def test_a_tensor_in_host_memory_has_the_checksum_of_its_bytes() -> None:
+    manifest, buffer = packer().pack(tensors().items(), 2)
+    assert checksum(torch.from_numpy(buffer)) == manifest.checksum
+    verify(manifest, torch.from_numpy(buffer))
+
+
+def test_with_two_buffers_a_version_stays_whole_while_the_next_is_packed() -> None:
+    pack = WeightPacker(tensors().items(), dtype="float32", vocab_size=10, buffers=2)
+    versions = [pack.pack(tensors(seed).items(), seed) for seed in range(3)]
+    for manifest, buffer in versions[1:]:
+        verify(manifest, buffer)
+    with pytest.raises(ChecksumMismatch, match="version 0"):
+        verify(*versions[0])
 
 
 # Unpacking
