@@ -59,16 +59,21 @@ def start_actors(config: RunConfig, path: str, resume: Path | None, version: int
     resources = config.resources
     serving = str(resume or path)
     rollouts = {
-        f"rollout-{i}": RolloutActor.options(num_cpus=1, num_gpus=resources.rollout_gpus).remote(  # type: ignore[attr-defined]
-            f"rollout-{i}", i, serving, config, version
-        )
+        f"rollout-{i}": RolloutActor.options(  # type: ignore[attr-defined]
+            num_cpus=1, num_gpus=resources.rollout_gpus, resources=_role(config, "rollout")
+        ).remote(f"rollout-{i}", i, serving, config, version)
         for i in range(config.rollout.workers)
     }
     fleet = Fleet(
-        learner=LearnerActor.options(num_cpus=1, num_gpus=resources.learner_gpus).remote(path, config, resume),  # type: ignore[attr-defined]
+        learner=LearnerActor.options(  # type: ignore[attr-defined]
+            num_cpus=1, num_gpus=resources.learner_gpus, resources=_role(config, "learner")
+        ).remote(path, config, resume),
         weights=WeightSyncActor.options(num_cpus=0).remote(config),  # type: ignore[attr-defined]
         rollouts=rollouts,
-        rewards=[RewardActor.options(num_cpus=0).remote(config) for _ in range(config.reward.workers)],  # type: ignore[attr-defined]
+        rewards=[
+            RewardActor.options(num_cpus=0, resources=_role(config, "reward")).remote(config)  # type: ignore[attr-defined]
+            for _ in range(config.reward.workers)
+        ],
         recorder=RecorderActor.options(num_cpus=0).remote(config),  # type: ignore[attr-defined]
     )
     if config.kl.reference:
@@ -78,6 +83,11 @@ def start_actors(config: RunConfig, path: str, resume: Path | None, version: int
     if config.audit.every:
         fleet.audit = AuditActor.options(num_cpus=0).remote(path, config)  # type: ignore[attr-defined]
     return fleet
+
+
+def _role(config: RunConfig, name: str) -> dict[str, float]:
+    """The custom resource that places an actor, where the configuration asks for it."""
+    return {name: 1.0} if config.resources.roles else {}
 
 
 async def build(config: RunConfig, path: str, resume: Path | None) -> tuple[TrainingLoop, Fleet, RunJournal]:
