@@ -57,7 +57,7 @@ class Fleet:
 def start_actors(config: RunConfig, path: str, resume: Path | None, version: int) -> Fleet:
     """Create all actors at once; they load in parallel. `path` is the initial model, also the reference."""
     resources = config.resources
-    serving = str(resume or path)
+    serving, beside = str(resume or path), remote.this_node()
     rollouts = {
         f"rollout-{i}": RolloutActor.options(  # type: ignore[attr-defined]
             num_cpus=1, num_gpus=resources.rollout_gpus, resources=_role(config, "rollout")
@@ -68,13 +68,13 @@ def start_actors(config: RunConfig, path: str, resume: Path | None, version: int
         learner=LearnerActor.options(  # type: ignore[attr-defined]
             num_cpus=1, num_gpus=resources.learner_gpus, resources=_role(config, "learner")
         ).remote(path, config, resume),
-        weights=WeightSyncActor.options(num_cpus=0).remote(config),  # type: ignore[attr-defined]
+        weights=WeightSyncActor.options(num_cpus=0, scheduling_strategy=beside).remote(config),  # type: ignore[attr-defined]
         rollouts=rollouts,
         rewards=[
             RewardActor.options(num_cpus=0, resources=_role(config, "reward")).remote(config)  # type: ignore[attr-defined]
             for _ in range(config.reward.workers)
         ],
-        recorder=RecorderActor.options(num_cpus=0).remote(config),  # type: ignore[attr-defined]
+        recorder=RecorderActor.options(num_cpus=0, scheduling_strategy=beside).remote(config),  # type: ignore[attr-defined]
     )
     if config.kl.reference:
         fleet.reference = ReferenceActor.options(num_cpus=0, num_gpus=resources.reference_gpus).remote(path, config)  # type: ignore[attr-defined]

@@ -140,11 +140,11 @@ def _checkpoint_to_resume(directory: RunDirectory, config: RunConfig) -> Path:
 def _run(config: RunConfig, path: str, checkpoint: Path | None, on_status: Callable[[Status], None]) -> Status:
     import ray
 
-    from rlsys.control.remote import unwrap
+    from rlsys.control.remote import this_node, unwrap
 
-    controller = ControllerActor.options(name=config.name, namespace=NAMESPACE, num_cpus=0, max_concurrency=16).remote(  # type: ignore[attr-defined]
-        config, path, checkpoint
-    )
+    controller = ControllerActor.options(  # type: ignore[attr-defined]
+        name=config.name, namespace=NAMESPACE, num_cpus=0, max_concurrency=16, scheduling_strategy=this_node()
+    ).remote(config, path, checkpoint)
     finished = controller.run.remote()
     stopping = False
     while True:

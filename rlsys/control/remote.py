@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import ray
 from ray.actor import ActorHandle
 from ray.exceptions import ActorDiedError, ActorUnavailableError, RayTaskError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from rlsys.actors.bundle import Place
 from rlsys.actors.rollout import Request, RolloutStats
@@ -44,6 +45,11 @@ def _translate(error: Exception) -> Exception:
     if isinstance(error, ActorDiedError | ActorUnavailableError):
         return WorkerLost(str(error))
     return error
+
+
+def this_node() -> NodeAffinitySchedulingStrategy:
+    """Places an actor on this process's node: what keeps a run's books stays where the run's directory was made."""
+    return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
 
 
 class Part(NamedTuple):
