@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import ray
 
 from rlsys.actors.bundle import Bundle, Place, select
-from rlsys.actors.process import settle
+from rlsys.actors.process import require_seen, settle
 from rlsys.config.schema import RunConfig
 from rlsys.observability.spans import Span, SpanLog
 from rlsys.records import BatchArrays, FloatArray, GroupScore, LearnerStep, ScoredGroup
@@ -28,6 +28,8 @@ class LearnerActor:
         on_gpu = config.resources.learner_gpus > 0
         threads = config.resources.learner_threads
         settle("learner", config, on_gpu=on_gpu)
+        require_seen("run_dir", config.run_dir)
+        require_seen("model", path)
         import torch
 
         from rlsys.learning.checkpoint import load

@@ -19,8 +19,9 @@ from rlsys.actors.weight_sync import WeightSyncActor
 from rlsys.config.schema import RunConfig
 from rlsys.control import remote
 from rlsys.control.loop import TrainingLoop
-from rlsys.control.ports import Journal, Parts
+from rlsys.control.ports import Journal, Parts, WorkerLost
 from rlsys.control.preflight import load_prompts
+from rlsys.errors import ClusterError
 from rlsys.observability.run_directory import RunDirectory
 from rlsys.observability.sinks import RunJournal
 from rlsys.scheduling.ledger import Ledger
@@ -98,7 +99,10 @@ async def build(config: RunConfig, path: str, resume: Path | None) -> tuple[Trai
     prompts = await asyncio.to_thread(load_prompts, config, path)
     ready = [fleet.learner.version.remote(), *(worker.stats.remote() for worker in fleet.rollouts.values())]
     ready += [handle.ready.remote() for handle in (fleet.reference, fleet.probe, fleet.audit) if handle is not None]
-    await remote.all_ready(ready)
+    try:
+        await remote.all_ready(ready)
+    except WorkerLost as error:
+        raise ClusterError(f"a part of the run could not be started: {error}") from error
     for name, handle in fleet.rollouts.items():
         await remote.call(fleet.weights.add.remote(name, handle))
 
