@@ -10,7 +10,7 @@ from typing import Any
 import ray
 
 from rlsys.actors.bundle import Bundle, Place, select
-from rlsys.actors.process import settle
+from rlsys.actors.process import require_seen, settle
 from rlsys.actors.publishing import Publisher, precisions
 from rlsys.config.schema import RunConfig
 from rlsys.observability.spans import Span, SpanLog
@@ -31,6 +31,8 @@ class LearnerActor:
     def __init__(self, path: str, config: RunConfig, resume: Path | None, rank: int = 0) -> None:
         self._on_gpu = config.resources.learner_gpus > 0
         settle("learner", config, index=rank, on_gpu=self._on_gpu)
+        require_seen("run_dir", config.run_dir)
+        require_seen("model", path)
         self._path, self._config, self._resume, self._rank = path, config, resume, rank
         self._host = ray.util.get_node_ip_address()
         self._listener: socket.socket | None = None

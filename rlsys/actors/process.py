@@ -2,10 +2,12 @@
 
 import logging
 import os
+import socket
 from pathlib import Path
 from typing import Literal
 
 from rlsys.config.schema import RunConfig
+from rlsys.errors import ClusterError
 
 Role = Literal["learner", "rollout", "other"]
 
@@ -60,6 +62,14 @@ def cores_of(found: list[int], role: Role, config: RunConfig, *, index: int = 0)
 def threads_of_process() -> list[int]:
     """Ids of this process's threads, as the operating system knows them."""
     return [int(task.name) for task in Path("/proc/self/task").iterdir()]
+
+
+def require_seen(field: str, path: Path | str) -> None:
+    """Raise ClusterError unless this node sees a directory that the command saw. Hub names are not looked for."""
+    if Path(path).is_absolute() and not Path(path).is_dir():
+        raise ClusterError(
+            f"{field}: node {socket.gethostname()} does not see {path}; it must be on storage that all nodes share"
+        )
 
 
 def assign_cores(

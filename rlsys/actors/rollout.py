@@ -14,7 +14,7 @@ import ray
 
 from rlsys.actors.bundle import Bundle
 from rlsys.actors.outbox import Outbox
-from rlsys.actors.process import leave_core_to, settle
+from rlsys.actors.process import leave_core_to, require_seen, settle
 from rlsys.config.schema import RunConfig
 from rlsys.engines.protocol import Sampled, Sampling
 from rlsys.observability.spans import Span
@@ -59,6 +59,7 @@ class RolloutActor:
     def __init__(self, name: str, index: int, path: str, config: RunConfig, version: PolicyVersion) -> None:
         on_gpu = config.resources.rollout_gpus > 0
         cores = settle("rollout", config, index=index, on_gpu=on_gpu)
+        require_seen("model", path)
         from rlsys.engines.driver import EngineDriver
         from rlsys.engines.vllm_engine import VllmEngine
         from rlsys.weights.transport import ObjectStoreTransport

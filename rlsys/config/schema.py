@@ -270,6 +270,9 @@ class ResourcesConfig(Section):
     """Of each rank."""
     object_store_gib: PositiveFloat = 1.0
     """Shared memory of a cluster started here; a few versions and batches must fit."""
+    roles: Flag = False
+    """Demand one unit of the custom Ray resources `rollout`, `learner`, `reward` per actor, so each lands on nodes
+    that offer it and the autoscaler adds nodes."""
 
 
 class RunConfig(Section):

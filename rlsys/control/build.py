@@ -20,8 +20,9 @@ from rlsys.config.schema import RunConfig
 from rlsys.control import remote
 from rlsys.control.learner import RemoteLearner
 from rlsys.control.loop import TrainingLoop
-from rlsys.control.ports import Journal, Parts
+from rlsys.control.ports import Journal, Parts, WorkerLost
 from rlsys.control.preflight import load_prompts
+from rlsys.errors import ClusterError
 from rlsys.observability.run_directory import RunDirectory
 from rlsys.observability.sinks import RunJournal
 from rlsys.scheduling.ledger import Ledger
@@ -59,23 +60,28 @@ class Fleet:
 def start_actors(config: RunConfig, path: str, resume: Path | None, version: int) -> Fleet:
     """Create all actors at once; they load in parallel. `path` is the initial model, also the reference."""
     resources = config.resources
-    serving = str(resume or path)
+    serving, beside = str(resume or path), remote.this_node()
     rollouts = {
-        f"rollout-{i}": RolloutActor.options(num_cpus=1, num_gpus=resources.rollout_gpus).remote(  # type: ignore[attr-defined]
-            f"rollout-{i}", i, serving, config, version
-        )
+        f"rollout-{i}": RolloutActor.options(  # type: ignore[attr-defined]
+            num_cpus=1, num_gpus=resources.rollout_gpus, resources=_role(config, "rollout")
+        ).remote(f"rollout-{i}", i, serving, config, version)
         for i in range(config.rollout.workers)
     }
     learners = [
-        LearnerActor.options(num_cpus=1, num_gpus=resources.learner_gpus).remote(path, config, resume, rank)  # type: ignore[attr-defined]
+        LearnerActor.options(  # type: ignore[attr-defined]
+            num_cpus=1, num_gpus=resources.learner_gpus, resources=_role(config, "learner")
+        ).remote(path, config, resume, rank)
         for rank in range(config.learner.ranks)
     ]
     fleet = Fleet(
         learner=learners,
-        weights=WeightSyncActor.options(num_cpus=0).remote(config, learners[0]),  # type: ignore[attr-defined]
+        weights=WeightSyncActor.options(num_cpus=0, scheduling_strategy=beside).remote(config, learners[0]),  # type: ignore[attr-defined]
         rollouts=rollouts,
-        rewards=[RewardActor.options(num_cpus=0).remote(config) for _ in range(config.reward.workers)],  # type: ignore[attr-defined]
-        recorder=RecorderActor.options(num_cpus=0).remote(config),  # type: ignore[attr-defined]
+        rewards=[
+            RewardActor.options(num_cpus=0, resources=_role(config, "reward")).remote(config)  # type: ignore[attr-defined]
+            for _ in range(config.reward.workers)
+        ],
+        recorder=RecorderActor.options(num_cpus=0, scheduling_strategy=beside).remote(config),  # type: ignore[attr-defined]
     )
     if config.kl.reference:
         fleet.reference = ReferenceActor.options(num_cpus=0, num_gpus=resources.reference_gpus).remote(path, config)  # type: ignore[attr-defined]
@@ -86,6 +92,11 @@ def start_actors(config: RunConfig, path: str, resume: Path | None, version: int
     return fleet
 
 
+def _role(config: RunConfig, name: str) -> dict[str, float]:
+    """The custom resource that places an actor, where the configuration asks for it."""
+    return {name: 1.0} if config.resources.roles else {}
+
+
 async def build(config: RunConfig, path: str, resume: Path | None) -> tuple[TrainingLoop, Fleet, RunJournal]:
     """A loop ready to run. Returns when the learner, the reference and every worker have loaded."""
     trainer_state = read_extra(resume) if resume else {}
@@ -94,7 +105,10 @@ async def build(config: RunConfig, path: str, resume: Path | None) -> tuple[Trai
     prompts = await asyncio.to_thread(load_prompts, config, path)
     ready = [RemoteLearner(fleet.learner).load(), *(worker.stats.remote() for worker in fleet.rollouts.values())]
     ready += [handle.ready.remote() for handle in (fleet.reference, fleet.probe, fleet.audit) if handle is not None]
-    await remote.all_ready(ready)
+    try:
+        await remote.all_ready(ready)
+    except WorkerLost as error:
+        raise ClusterError(f"a part of the run could not be started: {error}") from error
     for name, handle in fleet.rollouts.items():
         await remote.call(fleet.weights.add.remote(name, handle))
 

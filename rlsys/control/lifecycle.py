@@ -156,10 +156,10 @@ def _rewind(directory: RunDirectory, checkpoint: Path) -> None:
 def _run(config: RunConfig, path: str, checkpoint: Path | None, on_status: Callable[[Status], None]) -> Status:
     import ray
 
-    from rlsys.control.remote import unwrap
+    from rlsys.control.remote import this_node, unwrap
 
     options = {"name": config.name, "namespace": NAMESPACE, "num_cpus": 0, "max_concurrency": 16}
-    controller = ControllerActor.options(**options).remote(config, path, checkpoint)  # type: ignore[attr-defined]
+    controller = ControllerActor.options(**options, scheduling_strategy=this_node()).remote(config, path, checkpoint)  # type: ignore[attr-defined]
     finished = controller.run.remote()
     stopping = False
     while True:

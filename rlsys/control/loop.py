@@ -17,7 +17,7 @@ from typing import Any
 from rlsys.config.schema import RunConfig
 from rlsys.control.evaluation import evaluate, scored
 from rlsys.control.history import Batch, History
-from rlsys.control.ports import FinishedGroup, Parts, RolloutPort, Update, WorkerLost
+from rlsys.control.ports import FinishedGroup, Parts, PayloadLost, RolloutPort, Update, WorkerLost
 from rlsys.control.progress import Progress
 from rlsys.control.watch import collect_spans, watch
 from rlsys.errors import ClusterError, EngineError, PromptRefused, RewardError, StalenessViolation, first_failure
@@ -166,12 +166,17 @@ class TrainingLoop:
     async def _learn(self) -> None:
         """Consumes batches, produces versions; waits for a batch; its commit frees the batch's slots.
 
-        A batch that the learner refused makes no version and is not published: its slots are rejected.
+        A batch that the learner refused makes no version and is not published: its slots are rejected. One that a
+        node took along before the learner had it is sampled again.
         """
         while batch := await self._next_batch():
             self._check_staleness(batch)
-            with self.progress.activity.of("learner"):
-                update = await self.parts.learner.update(batch.groups, batch.reference)
+            try:
+                with self.progress.activity.of("learner"):
+                    update = await self.parts.learner.update(batch.groups, batch.reference)
+            except PayloadLost as error:
+                self._sample_again(batch, error)
+                continue
             if update.step.applied:
                 self.progress.version = update.step.version
                 await self._publish(update.ticket)
@@ -211,6 +216,8 @@ class TrainingLoop:
                 self._signal.notify()
             with self.progress.activity.of("reward"):
                 score = await scored(self.parts.rewards.score, payload)
+        except PayloadLost:
+            self.ledger.retry(slot.id, attempt)
         except PromptRefused as error:
             self._fail(slot, attempt, End.FAILED_ROLLOUT, error)
         except RewardError as error:
@@ -254,6 +261,11 @@ class TrainingLoop:
             self.parts.journal.event("worker_lost", f"{name}: {error}")
         if not self.parts.rollouts:
             raise ClusterError(f"no rollout worker is left; the last one, {name}, died: {error}") from error
+
+    def _sample_again(self, batch: Batch, error: PayloadLost) -> None:
+        self.ledger.restart(slot.id for slot in batch.slots)
+        self.parts.journal.event("batch_lost", f"slots {batch.slots[0].id}..{batch.slots[-1].id}: {error}")
+        self._signal.notify()
 
     def _check_staleness(self, batch: Batch) -> None:
         """The bound on metadata; the learner checks it again on every token."""
@@ -311,7 +323,7 @@ class TrainingLoop:
             try:
                 with self.progress.spans.span("evaluate", version=version):
                     result = await evaluate(self._eval_prompts, list(self.parts.rollouts.values()), self.parts.rewards)
-            except (RewardError, EngineError, WorkerLost) as error:
+            except (RewardError, EngineError, WorkerLost, PayloadLost) as error:
                 self.parts.journal.event("evaluation_failed", f"version {version}: {error}")
                 return
             self.progress.evaluations[version] = result

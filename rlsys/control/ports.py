@@ -24,6 +24,10 @@ class WorkerLost(Exception):
     """The process behind a port died; its work has to be done again elsewhere."""
 
 
+class PayloadLost(Exception):
+    """The node that held a payload is gone; what was in it has to be made again."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FinishedGroup:
     """A scored group: what the controller knows, and where the responses are."""

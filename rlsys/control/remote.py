@@ -8,11 +8,12 @@ from typing import Any, NamedTuple
 
 import ray
 from ray.actor import ActorHandle
-from ray.exceptions import ActorDiedError, ActorUnavailableError, RayTaskError
+from ray.exceptions import ActorDiedError, ActorUnavailableError, ObjectLostError, RayTaskError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from rlsys.actors.bundle import Place
 from rlsys.actors.rollout import Request, RolloutStats
-from rlsys.control.ports import FinishedGroup, FleetStats, Payload, WorkerLost
+from rlsys.control.ports import FinishedGroup, FleetStats, Payload, PayloadLost, WorkerLost
 from rlsys.errors import RlsysError
 from rlsys.observability.spans import Span
 from rlsys.records import GroupScore, GroupSummary, Prompt
@@ -22,7 +23,10 @@ from rlsys.weights.transport import WeightTicket
 
 
 async def call(reference: Any) -> Any:
-    """The result of an actor call; a deliberate error of ours arrives as itself, a dead actor as `WorkerLost`."""
+    """The result of an actor call; a deliberate error of ours arrives as itself.
+
+    A dead actor arrives as `WorkerLost`; a call that was handed what a dead node held, as `PayloadLost`.
+    """
     try:
         return await reference
     except Exception as error:
@@ -42,7 +46,13 @@ def _translate(error: Exception) -> Exception:
         return error.cause
     if isinstance(error, ActorDiedError | ActorUnavailableError):
         return WorkerLost(str(error))
-    return error
+    lost = error.cause if isinstance(error, RayTaskError) else error
+    return PayloadLost(str(lost)) if isinstance(lost, ObjectLostError) else error
+
+
+def this_node() -> NodeAffinitySchedulingStrategy:
+    """Places an actor on this process's node: what keeps a run's books stays where the run's directory was made."""
+    return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
 
 
 class Part(NamedTuple):

@@ -4,8 +4,9 @@ A prompt holds a slot from admission to a *named* end; nothing vanishes and noth
 
     admit            start               finish            take_batch          end(TRAINED)
       ──► WAITING ──────────► IN_FLIGHT ──────────► FINISHED ──────────► LEARNING ──────────► end
-             ▲                    │                     │
-             └────── retry ───────┘                     └──── end(REJECTED_…, FAILED_…) ───► end
+             ▲                    │                     │                  │
+             ├────── retry ───────┘                     └──── end(REJECTED_…, FAILED_…) ───► end
+             └────────────────────────── restart ──────────────────────────┘
 
 With P groups per step, at most B slots and a completion window W, a slot is consumed at most
 ⌊(B+W-2)/P⌋ learner steps after its admission: older slots number at most B-1, and only the W-1 admitted
@@ -158,9 +159,7 @@ class Ledger:
         """An attempt was lost (its worker died); the slot waits again. False: outdated news."""
         slot = self._current(slot_id, attempt)
         if slot is not None:
-            self._move(slot, State.WAITING)
-            slot.worker = None
-            heappush(self._waiting, slot.id)
+            self._wait_again(slot)
         return slot is not None
 
     def fail(self, slot_id: int, attempt: int, reason: End, version: PolicyVersion) -> bool:
@@ -183,6 +182,11 @@ class Ledger:
         for slot in chosen:
             self._move(slot, State.LEARNING)
         return chosen
+
+    def restart(self, slot_ids: Iterable[int]) -> None:
+        """The responses of a batch were lost on their way to the learner; its slots wait again."""
+        for slot_id in slot_ids:
+            self._wait_again(self._require(slot_id, State.LEARNING))
 
     def commit(self, slot_ids: Iterable[int], version: PolicyVersion) -> None:
         """The learner step that made `version` trained these slots."""
@@ -213,6 +217,11 @@ class Ledger:
         """The slot, if this attempt is the one in flight."""
         slot = self._slots.get(slot_id)
         return slot if slot is not None and (slot.attempt, slot.state) == (attempt, State.IN_FLIGHT) else None
+
+    def _wait_again(self, slot: Slot) -> None:
+        self._move(slot, State.WAITING)
+        slot.worker = None
+        heappush(self._waiting, slot.id)
 
     def _move(self, slot: Slot, state: State) -> None:
         self._in[slot.state] -= 1

@@ -3,10 +3,12 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
-from rlsys.actors.process import Role, assign_cores
+from rlsys.actors.process import Role, assign_cores, require_seen
+from rlsys.errors import ClusterError
 
 
 @pytest.mark.parametrize(
@@ -111,3 +113,10 @@ def test_a_rollout_workers_core_is_left_to_the_thread_that_decodes() -> None:
     cores = sorted(os.sched_getaffinity(0))
     shown = subprocess.run([sys.executable, "-c", LEAVE], capture_output=True, text=True, check=True)
     assert shown.stdout == f"{cores[:1]} {cores[1:] or cores}\n"
+
+
+def test_a_directory_that_only_another_node_has_is_missed_by_name(tmp_path: Path) -> None:
+    require_seen("model", tmp_path)
+    require_seen("model", "organisation/model")
+    with pytest.raises(ClusterError, match=r"model: node .+ does not see .*/elsewhere; it must be on storage that all"):
+        require_seen("model", tmp_path / "elsewhere")

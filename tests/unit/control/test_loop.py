@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from rlsys.control.history import AHEAD
 from rlsys.control.loop import MAX_ATTEMPTS, MAX_FAILED_IN_A_ROW, TrainingLoop
-from rlsys.control.ports import WorkerLost
+from rlsys.control.ports import PayloadLost, WorkerLost
 from rlsys.errors import (
     ClusterError,
     EngineError,
@@ -356,6 +356,45 @@ def test_a_worker_that_answers_no_health_call_does_not_stop_the_records() -> Non
     r = rig("learner.steps=3", workers=two_workers(silent=True))
     assert r.run().version == 3
     assert r.journal.steps == [1, 2, 3]
+
+
+# Responses that go with a node
+
+
+@pytest.mark.parametrize("bound", [0, 1, 4])
+def test_a_batch_lost_on_its_way_to_the_learner_is_sampled_again_and_trained_once(bound: int) -> None:
+    r = rig(f"staleness.max={bound}", "learner.steps=20", learner=FakeLearner(fail={3: PayloadLost("its node died")}))
+    assert r.run().version == 20
+    lost = r.learner.batches.pop(3)
+    assert r.ends == {"trained": 40}
+    assert sorted(r.trained) == list(range(40))
+    assert max(ages(r)) <= bound
+    assert r.journal.steps == list(range(1, 21))
+    first, last = lost.slots
+    assert r.journal.events == [("batch_lost", f"slots {first}..{last}: its node died")]
+    assert {row.slot for row in r.journal.closed if row.attempts == 2} == set(lost.slots)
+
+
+def test_responses_lost_on_their_way_to_the_reward_are_sampled_again() -> None:
+    lost = {3, 4}
+
+    def once(group: Any) -> Exception | None:
+        return PayloadLost("its node died") if group.slot in lost and group.attempt == 1 else None
+
+    r = rig(rewards=FakeRewards(fail=once))
+    assert r.run().version == 6
+    assert r.trained == list(range(12))
+    assert {row.slot for row in r.journal.closed if row.attempts == 2} == lost
+    assert r.journal.events == []
+
+
+def test_an_evaluation_whose_responses_are_lost_is_an_event() -> None:
+    r = rig(
+        rewards=FakeRewards(fail=lambda group: PayloadLost("its node died") if group.slot < 0 else None),
+        eval_prompts=[make_prompt(i) for i in range(4)],
+    )
+    assert r.run().version == 6
+    assert set(kinds(r)) == {"evaluation_failed"}
 
 
 # Rewards

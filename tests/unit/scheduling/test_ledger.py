@@ -125,6 +125,13 @@ class RandomUse(RuleBasedStateMachine):
             del self.model[slot]
             self.ended[slot] = End.TRAINED
 
+    @precondition(lambda self: self.slots_in(State.LEARNING))
+    @rule()
+    def restart(self) -> None:
+        learning = self.slots_in(State.LEARNING)
+        self.ledger.restart(learning)
+        self.model |= dict.fromkeys(learning, State.WAITING)
+
     @precondition(lambda self: self.model)
     @rule(data=st.data(), reason=st.sampled_from([end for end in End if end is not End.TRAINED]))
     def end(self, data: st.DataObject, reason: End) -> None:
