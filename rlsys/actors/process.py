@@ -25,7 +25,7 @@ def settle(role: Role, config: RunConfig, *, index: int = 0, on_gpu: bool = Fals
     os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = str(threads)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     found = sorted(os.sched_getaffinity(0))
-    cores = assign_cores(found, role, index=index, learner=learner_cores, rollouts=config.rollout.workers)
+    cores = assign_cores(found, role, index=index, learner=learner_cores, rollouts=_reserved(config))
     if config.resources.pin_cores and not on_gpu:
         os.nice(NICE[role])
         for thread in threads_of_process():
@@ -39,7 +39,7 @@ def leave_core_to(thread: int, found: list[int], config: RunConfig) -> None:
     What arrives and leaves with requests is a tenth of a decode step. `found`: what `settle` returned.
     """
     if config.resources.pin_cores:
-        cores = assign_cores(found, "other", learner=config.resources.learner_threads, rollouts=config.rollout.workers)
+        cores = assign_cores(found, "other", learner=config.resources.learner_threads, rollouts=_reserved(config))
         for other in threads_of_process():
             if other != thread:
                 _bind(other, cores)
@@ -68,6 +68,11 @@ def assign_cores(cores: list[int], role: Role, *, index: int = 0, learner: int =
     if role == "learner":
         return own
     return [shared[index % len(shared)]] if role == "rollout" else shared[rollouts:] + own
+
+
+def _reserved(config: RunConfig) -> int:
+    """Rollout workers whose cores are kept free: those of the start, or all that may join where that is said."""
+    return config.scaling.rollout_max or config.rollout.workers
 
 
 def _bind(thread: int, cores: list[int]) -> None:

@@ -27,6 +27,7 @@ from rlsys.config.observing import (
     SinkName,
     StalenessController,
 )
+from rlsys.config.scaling import ScalingConfig
 from rlsys.config.section import (
     Dtype,
     Flag,
@@ -71,6 +72,7 @@ __all__ = [
     "RolloutConfig",
     "RunConfig",
     "SEQUENCE_OBJECTIVES",
+    "ScalingConfig",
     "SinkName",
     "StalenessConfig",
     "StalenessController",
@@ -296,6 +298,9 @@ class ResourcesConfig(Section):
     learner_threads: Positive = 1
     object_store_gib: PositiveFloat = 1.0
     """Shared memory of a cluster started here; a few versions and batches must fit."""
+    roles: Flag = False
+    """Demand one unit of the custom Ray resources `rollout`, `learner`, `reward` per actor, so each lands on nodes
+    that offer it and the autoscaler adds nodes."""
 
 
 class RunConfig(Section):
@@ -322,6 +327,7 @@ class RunConfig(Section):
     audit: AuditConfig = AuditConfig()
     alarms: AlarmsConfig = AlarmsConfig()
     observability: ObservabilityConfig = ObservabilityConfig()
+    scaling: ScalingConfig = ScalingConfig()
     resources: ResourcesConfig = ResourcesConfig()
 
     @property
@@ -378,6 +384,7 @@ class RunConfig(Section):
                 rollout.samples_per_prompt,
                 f"must be at least 2 with advantage.name={self.advantage.name}, which compares responses to one prompt",
             )
+        self.scaling.require_room(rollout=rollout.workers, reward=self.reward.workers)
         return self
 
     @property

@@ -9,6 +9,7 @@ import socket
 import tempfile
 from collections.abc import Iterator
 
+from rlsys.config.scaling import most_workers
 from rlsys.config.schema import RunConfig
 from rlsys.errors import ClusterError
 
@@ -51,7 +52,8 @@ def _start(config: RunConfig, scratch: str) -> None:
         try:
             ray.init(
                 address="local",
-                num_cpus=max(len(os.sched_getaffinity(0)), config.rollout.workers + 1),
+                num_cpus=max(len(os.sched_getaffinity(0)), most_workers(config)["rollout"] + 1),
+                resources=_offered(config),
                 object_store_memory=int(config.resources.object_store_gib * (1 << 30)),
                 include_dashboard=False,
                 log_to_driver=False,
@@ -91,9 +93,22 @@ def _require_answer(address: str) -> None:
             raise ConnectionError(f"nothing answers there ({error})") from error
 
 
+def _offered(config: RunConfig) -> dict[str, float]:
+    """Custom resources of a cluster of our own: enough of every role, where the configuration demands them."""
+    if not config.resources.roles:
+        return {}
+    return {"learner": 1.0, **{role: float(most) for role, most in most_workers(config).items()}}
+
+
 def _require_room(config: RunConfig) -> None:
+    """Raise ClusterError when the cluster is too small for what the run starts with.
+
+    Not with `resources.roles`: what is missing is then for the autoscaler to bring.
+    """
     import ray
 
+    if config.resources.roles:
+        return
     have = ray.cluster_resources()
     resources = config.resources
     need = {

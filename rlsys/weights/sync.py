@@ -82,16 +82,12 @@ class WeightSync:
 
     async def add(self, name: str, worker: Applier) -> None:
         """A worker joins, perhaps after an earlier one of that name; it is brought to the current version first."""
-        await self.remove(name)
+        self._drop(name)
         self._senders[name] = asyncio.create_task(self._send(name, worker), name=f"weights to {name}")
 
     async def remove(self, name: str) -> None:
         """A worker left."""
-        sender = self._senders.pop(name, None)
-        if sender is not None:
-            sender.cancel()
-        self._serving.pop(name, None)
-        self._refused.pop(name, None)
+        self._drop(name)
         async with self._changed:
             self._changed.notify_all()
 
@@ -100,6 +96,13 @@ class WeightSync:
         async with self._changed:
             await self._changed.wait_for(lambda: len(self._acks) > cursor)
             return self._acks[cursor:]
+
+    def _drop(self, name: str) -> None:
+        sender = self._senders.pop(name, None)
+        if sender is not None:
+            sender.cancel()
+        self._serving.pop(name, None)
+        self._refused.pop(name, None)
 
     async def _send(self, name: str, worker: Applier) -> None:
         served: PolicyVersion | None = None
