@@ -15,6 +15,8 @@ TARGET = Path(__file__).parent / "RESULTS.md"
 
 NOTES = {
     "rollout_over_bare": "tokens/s through the rollout actor ÷ the engine driven bare",
+    "one_over_bare": "tokens/s through one rollout actor ÷ one bare engine",
+    "two_over_bare": "tokens/s through two rollout actors ÷ two bare engines",
     "pipeline_over_limit": "responses/s of the pipeline ÷ min(rollout alone, learner alone)",
     "learner_idle_fraction": "share of a step the learner waits for a batch",
     "pause_fraction": "share of time decoding stood still for weight syncs",

@@ -105,12 +105,28 @@ class FakeRollout:
     silent: bool = False
     """Whether it no longer answers health calls."""
     alive: bool = True
+    load_s: float | None = 0.0
+    """Seconds until it has loaded; None: never."""
     begun: list[tuple[int, int]] = field(default_factory=list)
     served: list[int] = field(default_factory=list)
     generated: int = 0
+    died: asyncio.Event = field(default_factory=asyncio.Event)
 
     def kill(self) -> None:
         self.alive = False
+        self.died.set()
+
+    async def loaded(self) -> None:
+        await (asyncio.Event().wait() if self.load_s is None else asyncio.sleep(self.load_s))
+        self._require_alive()
+
+    async def lost(self) -> None:
+        await self.died.wait()
+        self._require_alive()
+
+    async def spans(self) -> list[Span]:
+        self._require_alive()
+        return []
 
     def _require_alive(self) -> None:
         if not self.alive:
@@ -158,11 +174,31 @@ class FakeRollout:
 
 
 @dataclass
+class FakeRewardWorker(FakeRollout):
+    """Comes and goes; the scoring is `FakeRewards`'."""
+
+
+@dataclass
 class FakeRewards:
     """One point for everything; `fail` names what goes wrong with a group instead."""
 
     fail: Callable[[RolloutGroup], Exception | None] = lambda group: None
     score_s: float = 0.0
+    workers: dict[str, Any] = field(default_factory=lambda: {"reward-0": FakeRewardWorker("reward-0")})
+    busy: set[str] = field(default_factory=set)
+
+    def add(self, name: str, worker: Any) -> None:
+        self.workers[name] = worker
+
+    def remove(self, name: str) -> None:
+        self.workers.pop(name, None)
+
+    async def idle(self, name: str) -> None:
+        while name in self.busy:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+
+    def report_lost(self, to: Callable[[str, WorkerLost], None]) -> None:
+        """They are noticed by their `lost`."""
 
     async def score(self, payload: RolloutGroup) -> GroupScore:
         await asyncio.sleep(self.score_s)
@@ -315,6 +351,27 @@ class FakeJournal:
 
 
 @dataclass
+class FakeLauncher:
+    """Makes what `rollout` and `reward` make; by default workers that never find a place."""
+
+    rollout_worker: Callable[[str], FakeRollout] = lambda name: FakeRollout(name, load_s=None)
+    reward_worker: Callable[[str], FakeRewardWorker] = lambda name: FakeRewardWorker(name, load_s=None)
+    started: list[tuple[str, int]] = field(default_factory=list)
+    """Names and seats."""
+    made: dict[str, FakeRollout] = field(default_factory=dict)
+
+    def rollout(self, name: str, number: int, seat: int) -> FakeRollout:
+        self.started.append((name, seat))
+        self.made[name] = self.rollout_worker(name)
+        return self.made[name]
+
+    def reward(self, name: str) -> FakeRewardWorker:
+        self.started.append((name, -1))
+        worker = self.made[name] = self.reward_worker(name)
+        return worker
+
+
+@dataclass
 class FakePrompts:
     index: int = 0
 
@@ -348,6 +405,7 @@ class Rig:
     recorder: FakeRecorder = field(default_factory=FakeRecorder)
     journal: FakeJournal = field(default_factory=FakeJournal)
     prompts: FakePrompts = field(default_factory=FakePrompts)
+    launcher: FakeLauncher = field(default_factory=FakeLauncher)
     reference: FakeReference | None = None
     probe: FakeProbe | None = None
     audit: FakeAudit = field(default_factory=FakeAudit)
@@ -377,6 +435,7 @@ class Rig:
             weights=self.weights,
             recorder=self.recorder,
             journal=self.journal,
+            launcher=self.launcher,
             probe=self.probe,
             roles=self.roles,
             audit=self.audit if self.config.audit.every else None,
@@ -405,12 +464,13 @@ class Rig:
                     assert beside.done(), "the run ended before what was to happen during it"
                     beside.result()
             finally:
-                left, self.served = asyncio.all_tasks() - mine, set(self.weights._senders)
+                senders = self.weights._senders
+                left, self.served = asyncio.all_tasks() - mine - set(senders.values()), set(senders)
                 assert not left, f"left behind: {left}"
                 if beside is not None:
                     beside.cancel()
-                for worker in self.workers:
-                    await self.weights.remove(worker.name)
+                for name in list(self.weights._senders):
+                    await self.weights.remove(name)
             return self.loop
 
         return run(main())

@@ -55,7 +55,7 @@ def cores_of(found: list[int], role: Role, config: RunConfig, *, index: int = 0)
         index=index,
         learner=config.resources.learner_threads,
         ranks=config.learner.ranks,
-        rollouts=config.rollout.workers,
+        rollouts=_reserved(config),
     )
 
 
@@ -94,6 +94,11 @@ def assign_cores(
     if role == "learner":
         return own[index * learner : (index + 1) * learner]
     return [shared[index % len(shared)]] if role == "rollout" else shared[rollouts:] + own
+
+
+def _reserved(config: RunConfig) -> int:
+    """Rollout workers whose cores are kept free: those of the start, or all that may join where that is said."""
+    return config.scaling.rollout_max or config.rollout.workers
 
 
 def _bind(thread: int, cores: list[int]) -> None:

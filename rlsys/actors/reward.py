@@ -44,6 +44,10 @@ class RewardActor:
         """What it did since the last call."""
         return self._spans.take()
 
+    async def lifetime(self) -> None:
+        """Never returns: who waits for it learns at once that this process is dead."""
+        await asyncio.Event().wait()
+
     async def _score(self, group: RolloutGroup) -> GroupScore:
         from rlsys.rewards import score_group
 

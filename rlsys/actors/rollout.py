@@ -56,15 +56,15 @@ class RolloutStats:
 class RolloutActor:
     """Samples groups of responses. Weight and health calls have a concurrency group of their own."""
 
-    def __init__(self, name: str, index: int, path: str, config: RunConfig, version: PolicyVersion) -> None:
+    def __init__(self, name: str, number: int, seat: int, path: str, config: RunConfig, version: PolicyVersion) -> None:
         on_gpu = config.resources.rollout_gpus > 0
-        cores = settle("rollout", config, index=index, on_gpu=on_gpu)
+        cores = settle("rollout", config, index=seat, on_gpu=on_gpu)
         require_seen("model", path)
         from rlsys.engines.driver import EngineDriver
         from rlsys.engines.vllm_engine import VllmEngine
         from rlsys.weights.transport import ObjectStoreTransport
 
-        engine = VllmEngine(path, config.model, config.rollout, seed=config.seed + index, version=version)
+        engine = VllmEngine(path, config.model, config.rollout, seed=config.seed + number, version=version)
         self._driver = EngineDriver(engine)
         if not on_gpu:
             leave_core_to(self._driver.thread, cores, config)
@@ -177,6 +177,11 @@ class RolloutActor:
     async def spans(self) -> list[Span]:
         """What it did since the last call: decoding and pauses on track 0, weights arriving on track 1."""
         return self._driver.spans.take()
+
+    @ray.method(concurrency_group="control")
+    async def lifetime(self) -> None:
+        """Never returns: who waits for it learns at once that this process is dead."""
+        await asyncio.Event().wait()
 
     @ray.method(concurrency_group="control")
     async def stats(self) -> RolloutStats:

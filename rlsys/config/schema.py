@@ -28,6 +28,7 @@ from rlsys.config.observing import (
     SinkName,
     StalenessController,
 )
+from rlsys.config.scaling import ScalingConfig
 from rlsys.config.section import (
     Dtype,
     Flag,
@@ -72,6 +73,7 @@ __all__ = [
     "RolloutConfig",
     "RunConfig",
     "SEQUENCE_OBJECTIVES",
+    "ScalingConfig",
     "Sharding",
     "SinkName",
     "StalenessConfig",
@@ -299,6 +301,7 @@ class RunConfig(Section):
     audit: AuditConfig = AuditConfig()
     alarms: AlarmsConfig = AlarmsConfig()
     observability: ObservabilityConfig = ObservabilityConfig()
+    scaling: ScalingConfig = ScalingConfig()
     resources: ResourcesConfig = ResourcesConfig()
 
     @property
@@ -372,6 +375,7 @@ class RunConfig(Section):
                 rollout.samples_per_prompt,
                 f"must be at least 2 with advantage.name={self.advantage.name}, which compares responses to one prompt",
             )
+        self.scaling.require_room(rollout=rollout.workers, reward=self.reward.workers)
         return self
 
     @property

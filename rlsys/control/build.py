@@ -13,11 +13,10 @@ from rlsys.actors.learner import LearnerActor
 from rlsys.actors.probe import ProbeActor
 from rlsys.actors.recorder import RecorderActor
 from rlsys.actors.reference import ReferenceActor
-from rlsys.actors.reward import RewardActor
-from rlsys.actors.rollout import RolloutActor
 from rlsys.actors.weight_sync import WeightSyncActor
 from rlsys.config.schema import RunConfig
 from rlsys.control import remote
+from rlsys.control.launch import Launcher, role_resources
 from rlsys.control.learner import RemoteLearner
 from rlsys.control.loop import TrainingLoop
 from rlsys.control.ports import Journal, Parts, WorkerLost
@@ -31,13 +30,14 @@ from rlsys.tasks import PromptSource
 
 @dataclass(slots=True)
 class Fleet:
-    """Handles of a run's actors."""
+    """Handles of the actors that a run starts with, and what starts more."""
 
     learner: list[ActorHandle]
     weights: ActorHandle
     rollouts: dict[str, ActorHandle]
-    rewards: list[ActorHandle]
+    rewards: dict[str, ActorHandle]
     recorder: ActorHandle
+    launcher: Launcher
     reference: ActorHandle | None = None
     probe: ActorHandle | None = None
     audit: ActorHandle | None = None
@@ -46,8 +46,7 @@ class Fleet:
     def roles(self) -> dict[str, ActorHandle]:
         """Every actor, by the name it has in the trace."""
         found = {f"learner-{rank}" if rank else "learner": handle for rank, handle in enumerate(self.learner)}
-        found |= self.rollouts
-        found |= {f"reward-{i}": handle for i, handle in enumerate(self.rewards)}
+        found |= {**self.rollouts, **self.rewards}
         optional = {"reference": self.reference, "probe": self.probe, "audit": self.audit}
         return found | {name: h for name, h in optional.items() if h is not None} | {"recorder": self.recorder}
 
@@ -59,29 +58,24 @@ class Fleet:
 
 def start_actors(config: RunConfig, path: str, resume: Path | None, version: int) -> Fleet:
     """Create all actors at once; they load in parallel. `path` is the initial model, also the reference."""
-    resources = config.resources
+    resources, launcher = config.resources, Launcher(config, path)
     serving, beside = str(resume or path), remote.this_node()
-    rollouts = {
-        f"rollout-{i}": RolloutActor.options(  # type: ignore[attr-defined]
-            num_cpus=1, num_gpus=resources.rollout_gpus, resources=_role(config, "rollout")
-        ).remote(f"rollout-{i}", i, serving, config, version)
-        for i in range(config.rollout.workers)
-    }
     learners = [
         LearnerActor.options(  # type: ignore[attr-defined]
-            num_cpus=1, num_gpus=resources.learner_gpus, resources=_role(config, "learner")
+            num_cpus=1, num_gpus=resources.learner_gpus, resources=role_resources(config, "learner")
         ).remote(path, config, resume, rank)
         for rank in range(config.learner.ranks)
     ]
     fleet = Fleet(
         learner=learners,
         weights=WeightSyncActor.options(num_cpus=0, scheduling_strategy=beside).remote(config, learners[0]),  # type: ignore[attr-defined]
-        rollouts=rollouts,
-        rewards=[
-            RewardActor.options(num_cpus=0, resources=_role(config, "reward")).remote(config)  # type: ignore[attr-defined]
-            for _ in range(config.reward.workers)
-        ],
+        rollouts={
+            f"rollout-{i}": launcher.rollout(f"rollout-{i}", i, i, serving=serving, version=version).handle
+            for i in range(config.rollout.workers)
+        },
+        rewards={f"reward-{i}": launcher.reward(f"reward-{i}").handle for i in range(config.reward.workers)},
         recorder=RecorderActor.options(num_cpus=0, scheduling_strategy=beside).remote(config),  # type: ignore[attr-defined]
+        launcher=launcher,
     )
     if config.kl.reference:
         fleet.reference = ReferenceActor.options(num_cpus=0, num_gpus=resources.reference_gpus).remote(path, config)  # type: ignore[attr-defined]
@@ -146,6 +140,7 @@ def connect(fleet: Fleet, prompts: PromptSource, journal: Journal) -> Parts:
         journal=journal,
         probe=remote.RemoteProbe(fleet.probe) if fleet.probe is not None else None,
         audit=remote.RemoteAudit(fleet.audit) if fleet.audit is not None else None,
+        launcher=fleet.launcher,
         roles={name: remote.RemoteRole(handle) for name, handle in fleet.roles.items()},
     )
 

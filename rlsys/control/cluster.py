@@ -8,6 +8,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 
+from rlsys.config.scaling import most_workers
 from rlsys.config.schema import RunConfig
 from rlsys.errors import ClusterError, RlsysError
 
@@ -53,7 +54,8 @@ def _start(config: RunConfig, scratch: str) -> None:
         try:
             ray.init(
                 address="local",
-                num_cpus=max(len(os.sched_getaffinity(0)), config.rollout.workers + config.learner.ranks),
+                num_cpus=max(len(os.sched_getaffinity(0)), most_workers(config)["rollout"] + config.learner.ranks),
+                resources=_offered(config),
                 object_store_memory=int(config.resources.object_store_gib * (1 << 30)),
                 include_dashboard=False,
                 log_to_driver=False,
@@ -79,9 +81,25 @@ def _join(address: str) -> None:
         raise ClusterError(f"resources.address={address}: cannot join the Ray cluster: {error}") from error
 
 
+def _offered(config: RunConfig) -> dict[str, float]:
+    """Custom resources of a cluster of our own: enough of every role, where the configuration demands them."""
+    if not config.resources.roles:
+        return {}
+    return {
+        "learner": float(config.learner.ranks),
+        **{role: float(most) for role, most in most_workers(config).items()},
+    }
+
+
 def _require_room(config: RunConfig) -> None:
+    """Raise ClusterError when the cluster is too small for what the run starts with.
+
+    Not with `resources.roles`: what is missing is then for the autoscaler to bring.
+    """
     import ray
 
+    if config.resources.roles:
+        return
     have = ray.cluster_resources()
     resources, workers, ranks = config.resources, config.rollout.workers, config.learner.ranks
     need = {

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from rlsys.config.schema import RunConfig
 from rlsys.control.auditing import Auditor
 from rlsys.control.ports import FinishedGroup, Parts, Payload, Update
-from rlsys.control.progress import Progress, StepClock, ask_fleet, ledger_metrics, sync_metrics
+from rlsys.control.progress import Progress, StepClock, ask_fleet, ledger_metrics, sync_metrics, worker_metrics
 from rlsys.observability.alarms import Alarm, Alarms
 from rlsys.scheduling.ledger import Ledger, Slot
 from rlsys.scheduling.routing import Router
@@ -79,10 +79,12 @@ class History:
         """Rates count from here."""
         self.clock = StepClock(await ask_fleet(self._parts.rollouts))
 
-    async def add(self, batch: Batch, update: Update) -> None:
-        """A learner step is over; waits only when too many are still to be written."""
+    async def add(self, batch: Batch, update: Update) -> dict[str, float | None]:
+        """A learner step is over; returns how long what took. Waits only when too many are still to be written."""
         (self._trained if update.step.applied else self._rejected).add(batch.groups)
-        await self._queue.put((batch, update, self.clock.step(update.step)))
+        timing = self.clock.step(update.step)
+        await self._queue.put((batch, update, timing))
+        return timing
 
     def published(self, ticket: WeightTicket) -> None:
         """A version exists, before any batch is trained from it."""
@@ -125,7 +127,7 @@ class History:
             **self.clock.fleet(await ask_fleet(self._parts.rollouts)),
             **sync_metrics(update, self._progress),
             **ledger_metrics(self._ledger),
-            **self._fleet_metrics(),
+            **worker_metrics(self._progress),
             **self._rejected.counts(),
             **self._rejected.metrics("rejected"),
             **self._trained.metrics("trained"),
@@ -172,13 +174,3 @@ class History:
         metrics = await auditor.metrics(version, groups)
         if metrics:
             self._parts.journal.step(version, metrics)
-
-    def _fleet_metrics(self) -> dict[str, float | None]:
-        return {
-            "workers/rollout/desired": float(self._config.rollout.workers),
-            "workers/rollout/ready": float(len(self._parts.rollouts)),
-            "workers/rollout/restarts": 0.0,
-            "workers/reward/desired": float(self._config.reward.workers),
-            "workers/reward/ready": float(self._config.reward.workers),
-            "workers/reward/restarts": 0.0,
-        }

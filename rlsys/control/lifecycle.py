@@ -2,17 +2,18 @@
 
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from rlsys.config.load import dump_config
 from rlsys.config.schema import RunConfig
 from rlsys.control.preflight import check_config, load_prompts
 from rlsys.control.service import NAMESPACE, ControllerActor, Status
 from rlsys.control.transports import require_transport
-from rlsys.errors import CheckpointError, ConfigError
+from rlsys.errors import CheckpointError, ClusterError, ConfigError
 from rlsys.observability.run_directory import RunDirectory
 from rlsys.versions import PolicyVersion
 
@@ -72,14 +73,15 @@ def train(
     if checkpoint is None:
         directory.require_new()
     started = time.perf_counter()
+    control = Control()
     with cluster(config):
         require_free(config.name)
         if checkpoint is None:
             directory.create(dump_config(config))
         else:
             _rewind(directory, checkpoint)
-        with _dashboard(config, directory, on_dashboard):
-            status = _run(config, path, checkpoint, on_status)
+        with _dashboard(config, directory, control, on_dashboard):
+            status = _run(config, path, checkpoint, control, on_status)
     from rlsys.observability.plots import plot_run
 
     return TrainResult(
@@ -93,15 +95,32 @@ def train(
     )
 
 
+class Control:
+    """What the dashboard beside a run may do to it."""
+
+    def __init__(self) -> None:
+        self.controller: Any = None
+
+    def scale(self, workers: Mapping[str, int]) -> None:
+        """Ask for so many workers of each role. Raises ConfigError, and ClusterError while there is nobody to ask."""
+        from rlsys.control.remote import unwrap
+
+        if self.controller is None:
+            raise ClusterError("the run has not started yet")
+        unwrap(self.controller.scale.remote(**workers))
+
+
 @contextmanager
-def _dashboard(config: RunConfig, directory: RunDirectory, on_dashboard: Callable[[str], None]) -> Iterator[None]:
+def _dashboard(
+    config: RunConfig, directory: RunDirectory, control: Control, on_dashboard: Callable[[str], None]
+) -> Iterator[None]:
     """The dashboard beside the run, on loopback, for as long as the run lasts."""
     if not config.observability.dashboard:
         yield
         return
     from rlsys.dashboard import serve_in_thread
 
-    served = serve_in_thread(directory.root, config.observability.port)
+    served = serve_in_thread(directory.root, config.observability.port, scale=control.scale)
     try:
         on_dashboard(served.url)
         yield
@@ -153,13 +172,16 @@ def _rewind(directory: RunDirectory, checkpoint: Path) -> None:
     directory.rewind(version, cursor=cursor, reopened={(epoch, index) for epoch, index in extra["open"]})
 
 
-def _run(config: RunConfig, path: str, checkpoint: Path | None, on_status: Callable[[Status], None]) -> Status:
+def _run(
+    config: RunConfig, path: str, checkpoint: Path | None, control: Control, on_status: Callable[[Status], None]
+) -> Status:
     import ray
 
     from rlsys.control.remote import this_node, unwrap
 
     options = {"name": config.name, "namespace": NAMESPACE, "num_cpus": 0, "max_concurrency": 16}
     controller = ControllerActor.options(**options, scheduling_strategy=this_node()).remote(config, path, checkpoint)  # type: ignore[attr-defined]
+    control.controller = controller
     finished = controller.run.remote()
     stopping = False
     while True:

@@ -6,7 +6,8 @@
                       workers serve the new version mid-generation ┘
 
 A single controller owns admission, routing, batch order and publication; every other part is a callee
-behind a port. The loops share a ledger and a router and wake each other through one `Signal`.
+behind a port. The loops share a ledger and a router and wake each other through one `Signal`; beside them
+a `Reconciler` lets workers come and go.
 """
 
 import asyncio
@@ -19,8 +20,9 @@ from rlsys.control.evaluation import evaluate, scored
 from rlsys.control.history import Batch, History
 from rlsys.control.ports import FinishedGroup, Parts, PayloadLost, RolloutPort, Update, WorkerLost
 from rlsys.control.progress import Progress
+from rlsys.control.reconcile import Reconciler
 from rlsys.control.watch import collect_spans, watch
-from rlsys.errors import ClusterError, EngineError, PromptRefused, RewardError, StalenessViolation, first_failure
+from rlsys.errors import EngineError, PromptRefused, RewardError, StalenessViolation, first_failure
 from rlsys.records import Prompt
 from rlsys.scheduling.ledger import End, Ledger, Slot
 from rlsys.scheduling.routing import Router, Worker, groups_per_worker
@@ -70,6 +72,15 @@ class TrainingLoop:
         self._evaluating = asyncio.Lock()
         self._tasks: asyncio.TaskGroup | None = None
         self._spawned: set[asyncio.Task[None]] = set()
+        self.workers = Reconciler(
+            config,
+            parts,
+            ledger=ledger,
+            router=self.router,
+            progress=self.progress,
+            signal=self._signal,
+            spawn=self._spawn,
+        )
         staleness = config.staleness
         self._window = AimdWindow(
             target=staleness.ess.target,
@@ -96,6 +107,7 @@ class TrainingLoop:
             async with asyncio.TaskGroup() as tasks:
                 self._tasks = tasks
                 self._spawn(self._watch_weights(), "watch weights")
+                self._spawn(self.workers.run(), "reconcile")
                 await self._publish(await self.parts.learner.publish())
                 await self._settle_publication()
                 await self._evaluate()
@@ -185,8 +197,9 @@ class TrainingLoop:
             else:
                 self._reject(batch)
             self._signal.notify()
-            await self.history.add(batch, update)
+            timing = await self.history.add(batch, update)
             if update.step.applied:
+                self.workers.after_step(timing)
                 self._evaluate_if_due()
                 await self._checkpoint_if_due()
 
@@ -223,13 +236,13 @@ class TrainingLoop:
         except RewardError as error:
             self._fail(slot, attempt, End.FAILED_REWARD, error)
         except (WorkerLost, EngineError) as error:
-            if attempt < MAX_ATTEMPTS:
+            if attempt < MAX_ATTEMPTS or self.workers.dismissed(worker.name):
                 self.ledger.retry(slot.id, attempt)
             else:
                 self._fail(
                     slot, attempt, End.FAILED_ROLLOUT, EngineError(f"{attempt} workers were lost on it: {error}")
                 )
-            self._lose_worker(worker.name, error)
+            self.workers.lost(worker.name, error)
         else:
             self._failed_in_a_row = 0
             if self.ledger.finish(slot.id, attempt):
@@ -252,15 +265,6 @@ class TrainingLoop:
             f"loss or gradient of the batch of slots {batch.slots[0].id}..{batch.slots[-1].id} is not finite; "
             f"the policy stays at version {self.version}",
         )
-
-    def _lose_worker(self, name: str, error: WorkerLost | EngineError) -> None:
-        if self.parts.rollouts.pop(name, None) is not None:
-            self.router.remove(name)
-            self.progress.acks.pop(name, None)
-            self._spawn(self.parts.weights.remove(name), f"forget {name}")
-            self.parts.journal.event("worker_lost", f"{name}: {error}")
-        if not self.parts.rollouts:
-            raise ClusterError(f"no rollout worker is left; the last one, {name}, died: {error}") from error
 
     def _sample_again(self, batch: Batch, error: PayloadLost) -> None:
         self.ledger.restart(slot.id for slot in batch.slots)
@@ -293,9 +297,10 @@ class TrainingLoop:
         while True:
             for ack in await self.parts.weights.acks(cursor):
                 cursor += 1
-                if ack.worker not in self.parts.rollouts:
+                if not self.workers.expects(ack.worker):
                     continue
                 if ack.error is None:
+                    self.workers.serves(ack.worker)
                     self.router.acknowledge(ack.worker, ack.version)
                     self.progress.published_version = max(self.progress.published_version, ack.version)
                     self.progress.acks[ack.worker] = ack

@@ -4,7 +4,7 @@ Payloads are opaque to the loop: with Ray they are object references, so respons
 through the controller.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -56,7 +56,23 @@ class FleetStats:
     workers: int
 
 
-class RolloutPort(Protocol):
+class WorkerPort(Protocol):
+    """A worker that may come and go while the run goes on."""
+
+    async def loaded(self) -> None:
+        """Returns when it can work, however long it takes to find a place for it. Raises `WorkerLost`."""
+
+    async def lost(self) -> None:
+        """Never returns; raises `WorkerLost` when the worker is dead."""
+
+    async def spans(self) -> list[Span]:
+        """What it did since the last call. Raises `WorkerLost`."""
+
+    def kill(self) -> None:
+        """End it at once, wherever it is in its life; a place it waits for is no longer demanded."""
+
+
+class RolloutPort(WorkerPort, Protocol):
     """One rollout worker."""
 
     async def generate(self, slot: int, attempt: int, prompt: Prompt) -> tuple[GroupSummary, Payload]:
@@ -70,7 +86,23 @@ class RolloutPort(Protocol):
 
 
 class RewardPort(Protocol):
-    """All reward workers."""
+    """All reward workers. While there is none, calls wait for one."""
+
+    @property
+    def workers(self) -> Mapping[str, WorkerPort]:
+        """Those that take calls."""
+
+    def add(self, name: str, worker: WorkerPort) -> None:
+        """It takes its turn from now on."""
+
+    def remove(self, name: str) -> None:
+        """It gets no further call; what it has under way goes on."""
+
+    async def idle(self, name: str) -> None:
+        """Returns when a worker has nothing under way."""
+
+    def report_lost(self, to: Callable[[str, WorkerLost], None]) -> None:
+        """Whom to tell the name of a worker that died over a call, beside who made the call."""
 
     async def score(self, payload: Payload) -> GroupScore:
         """Rewards of a group. Raises `RewardError`."""
@@ -108,6 +140,9 @@ class WeightsPort(Protocol):
     async def acks(self, cursor: int) -> list[Ack]:
         """Acknowledgements after the first `cursor` ones; waits for one."""
 
+    async def add(self, name: str, worker: Any) -> None:
+        """A worker joins: it is brought to the current version, and acknowledges it."""
+
     async def remove(self, name: str) -> None:
         """A worker left; nothing is sent to it any more."""
 
@@ -143,6 +178,16 @@ class AuditPort(Protocol):
 
     async def audit(self, batch: Sequence[FinishedGroup], ticket: WeightTicket) -> Mapping[str, float | None]:
         """`audit/*` of these groups at the ticket's version, the one their batch was trained from."""
+
+
+class LauncherPort(Protocol):
+    """Starts workers. Returns at once: what they need may still have to be found."""
+
+    def rollout(self, name: str, number: int, seat: int) -> RolloutPort:
+        """A rollout worker. No other one ever has its `number`, no other one at this time its `seat`."""
+
+    def reward(self, name: str) -> WorkerPort:
+        """A reward worker."""
 
 
 class Prompts(Protocol):
@@ -183,6 +228,7 @@ class Parts:
     weights: WeightsPort
     recorder: RecorderPort | None
     journal: Journal
+    launcher: LauncherPort
     probe: ProbePort | None = None
     audit: AuditPort | None = None
-    roles: Mapping[str, RolePort] = field(default_factory=dict)
+    roles: dict[str, RolePort] = field(default_factory=dict)

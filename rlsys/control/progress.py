@@ -12,6 +12,7 @@ from rlsys.control.ports import FleetStats, RolloutPort, Update, WorkerLost
 from rlsys.observability.alarms import Alarm
 from rlsys.observability.spans import SpanLog
 from rlsys.records import LearnerStep
+from rlsys.scheduling.crew import Crew, WorkerCounts
 from rlsys.scheduling.ledger import Ledger
 from rlsys.versions import PolicyVersion
 from rlsys.weights.sync import Ack
@@ -63,6 +64,12 @@ class Progress:
     window: float = 0.0
     spans: SpanLog = field(default_factory=SpanLog)
     activity: Activity = field(default_factory=Activity)
+    crews: Mapping[str, Crew] = field(default_factory=dict)
+
+    @property
+    def workers(self) -> dict[str, WorkerCounts]:
+        """Desired and actual workers by role."""
+        return {role: crew.counts for role, crew in self.crews.items()}
 
 
 STATS_TIMEOUT_S = 5.0
@@ -147,3 +154,12 @@ def ledger_metrics(ledger: Ledger) -> dict[str, float | None]:
     rejected = sum(count for name, count in counts.items() if name.startswith(("rejected", "failed")))
     names = ("waiting", "in_flight", "finished", "learning", "trained", "lost", "admitted")
     return {**{f"ledger/{name}": float(counts[name]) for name in names}, "ledger/rejected": float(rejected)}
+
+
+def worker_metrics(progress: Progress) -> dict[str, float | None]:
+    """Workers by role: how many there should be, how many work, how many were started again."""
+    return {
+        f"workers/{role}/{name}": float(getattr(counts, name))
+        for role, counts in progress.workers.items()
+        for name in ("desired", "ready", "restarts")
+    }

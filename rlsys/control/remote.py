@@ -3,7 +3,8 @@
 import asyncio
 import itertools
 import secrets
-from collections.abc import Coroutine, Mapping, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import ray
@@ -17,6 +18,7 @@ from rlsys.control.ports import FinishedGroup, FleetStats, Payload, PayloadLost,
 from rlsys.errors import RlsysError
 from rlsys.observability.spans import Span
 from rlsys.records import GroupScore, GroupSummary, Prompt
+from rlsys.scheduling.signal import Signal
 from rlsys.versions import PolicyVersion
 from rlsys.weights.sync import Ack
 from rlsys.weights.transport import WeightTicket
@@ -73,11 +75,40 @@ def places_in(parts: Sequence[Part]) -> tuple[list[Place], list[ray.ObjectRef]]:
     return places, list(order)
 
 
-class RemoteRollout:
-    """One rollout actor. Requests made at one moment travel together, and so do groups that finish together."""
+class RemoteWorker:
+    """An actor of a role that grows and shrinks."""
 
     def __init__(self, handle: ActorHandle) -> None:
         self.handle = handle
+
+    async def loaded(self) -> None:
+        """See `WorkerPort`."""
+        await call(self.handle.__ray_ready__.remote())
+
+    async def lost(self) -> None:
+        """See `WorkerPort`."""
+        lifetime = self.handle.lifetime.remote()
+        try:
+            await call(lifetime)
+        finally:
+            ray.cancel(lifetime)  # where nobody waits any more
+        raise WorkerLost("it ended by itself")
+
+    async def spans(self) -> list[Span]:
+        """See `WorkerPort`."""
+        spans: list[Span] = await call(self.handle.spans.remote())
+        return spans
+
+    def kill(self) -> None:
+        """See `WorkerPort`."""
+        ray.kill(self.handle)
+
+
+class RemoteRollout(RemoteWorker):
+    """One rollout actor. Requests made at one moment travel together, and so do groups that finish together."""
+
+    def __init__(self, handle: ActorHandle) -> None:
+        super().__init__(handle)
         self._client = secrets.token_hex(8)
         self._keys = itertools.count()
         self._unsent: list[Request] = []
@@ -153,10 +184,38 @@ class RemoteRollout:
 class RemoteRewards:
     """All reward actors, in turn. Groups handed over at one moment travel together."""
 
-    def __init__(self, handles: Sequence[ActorHandle]) -> None:
-        self._next = itertools.cycle(handles)
+    def __init__(self, handles: Mapping[str, ActorHandle]) -> None:
+        self._workers = {name: RemoteWorker(handle) for name, handle in handles.items()}
+        self._turns = deque(self._workers)
+        self._under_way: Counter[str] = Counter()
+        self._changed = Signal()
         self._unsent: list[tuple[Part, asyncio.Future[GroupScore]]] = []
         self._sent: set[asyncio.Task[None]] = set()
+        self._on_lost: Callable[[str, WorkerLost], None] = lambda name, error: self.remove(name)
+
+    @property
+    def workers(self) -> Mapping[str, RemoteWorker]:
+        """See `RewardPort`."""
+        return self._workers
+
+    def add(self, name: str, worker: RemoteWorker) -> None:
+        """See `RewardPort`."""
+        self._workers[name] = worker
+        self._turns.append(name)
+        self._changed.notify()
+
+    def remove(self, name: str) -> None:
+        """See `RewardPort`."""
+        if self._workers.pop(name, None) is not None:
+            self._turns.remove(name)
+
+    async def idle(self, name: str) -> None:
+        """See `RewardPort`."""
+        await self._changed.until(lambda: not self._under_way[name])
+
+    def report_lost(self, to: Callable[[str, WorkerLost], None]) -> None:
+        """See `RewardPort`."""
+        self._on_lost = to
 
     async def score(self, payload: Part) -> GroupScore:
         """See `RewardPort`."""
@@ -176,7 +235,7 @@ class RemoteRewards:
     async def _score(self, asked: Sequence[tuple[Part, asyncio.Future[GroupScore]]]) -> None:
         places, bundles = places_in([part for part, _ in asked])
         try:
-            scores = await call(next(self._next).score.remote(places, *bundles))
+            scores = await self._ask(lambda worker: worker.score.remote(places, *bundles))
         except Exception as error:
             scores = [error] * len(asked)
         for (_, future), score in zip(asked, scores, strict=True):
@@ -189,8 +248,23 @@ class RemoteRewards:
 
     async def score_all(self, payload: Payload) -> list[GroupScore]:
         """See `RewardPort`."""
-        scores: list[GroupScore] = await call(next(self._next).score_all.remote(payload))
+        scores: list[GroupScore] = await self._ask(lambda worker: worker.score_all.remote(payload))
         return scores
+
+    async def _ask(self, what: Callable[[ActorHandle], Any]) -> Any:
+        """Call the worker whose turn it is."""
+        await self._changed.until(lambda: bool(self._turns))
+        name = self._turns[0]
+        self._turns.rotate(-1)
+        self._under_way[name] += 1
+        try:
+            return await call(what(self._workers[name].handle))
+        except WorkerLost as error:
+            self._on_lost(name, error)
+            raise
+        finally:
+            self._under_way[name] -= 1
+            self._changed.notify()
 
 
 class RemoteReference:
@@ -219,6 +293,10 @@ class RemoteWeights:
         """See `WeightsPort`."""
         acks: list[Ack] = await call(self._handle.acks.remote(cursor))
         return acks
+
+    async def add(self, name: str, worker: RemoteRollout) -> None:
+        """See `WeightsPort`."""
+        await call(self._handle.add.remote(name, worker.handle))
 
     async def remove(self, name: str) -> None:
         """See `WeightsPort`."""

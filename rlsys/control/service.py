@@ -1,4 +1,4 @@
-"""The controller: a named Ray actor that runs the loop and answers `status` and `stop` from any process."""
+"""The controller: a named Ray actor that runs the loop and answers `status`, `scale` and `stop` from any process."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -7,18 +7,12 @@ import ray
 
 from rlsys.actors.process import settle
 from rlsys.config.schema import RunConfig
+from rlsys.control.reconcile import require_counts
+from rlsys.errors import ClusterError
+from rlsys.scheduling.crew import WorkerCounts
 from rlsys.versions import PolicyVersion
 
 NAMESPACE = "rlsys"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class WorkerCounts:
-    """Workers of one role."""
-
-    desired: int
-    ready: int
-    restarts: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,6 +41,7 @@ class ControllerActor:
         self._phase = "starting"
         self._loop: TrainingLoop | None = None
         self._stopping = False
+        self._asked: dict[str, int | None] = {}
 
     async def run(self) -> Status:
         """Build, train, write the last checkpoint. Raises what stopped the run."""
@@ -55,6 +50,7 @@ class ControllerActor:
         self._loop, _, journal = await build(self._config, self._path, self._resume)
         if self._stopping:
             self._loop.stop()
+        self._loop.workers.scale("asked for", **self._asked)
         if self._config.observability.prometheus:
             journal.event("metrics_endpoint", metrics_endpoint())
         try:
@@ -80,11 +76,26 @@ class ControllerActor:
             ledger={str(name): count for name, count in self._loop.ledger.counts().items()},
             serving={name: ack.version for name, ack in progress.acks.items()},
             accuracy={version: result.accuracy for version, result in progress.evaluations.items()},
+            workers=progress.workers,
         )
 
     async def configuration(self) -> RunConfig:
         """What the run was started with."""
         return self._config
+
+    async def scale(self, rollout: int | None = None, reward: int | None = None) -> None:
+        """There should be so many workers; None: as many as before. Returns at once, `status` shows them come and go.
+
+        Raises ConfigError for a number that is not allowed, ClusterError when the run does not train any more.
+        """
+        asked = {"rollout": rollout, "reward": reward}
+        require_counts(self._config, asked)
+        if self._phase not in ("starting", "training"):
+            raise ClusterError(f"run {self._config.name} is {self._phase}: its workers cannot be changed any more")
+        if self._loop is not None:
+            self._loop.workers.scale("asked for", **asked)
+        else:
+            self._asked |= {role: count for role, count in asked.items() if count is not None}
 
     async def stop(self) -> None:
         """Finish the step that is running, write a checkpoint, and let `run` return."""

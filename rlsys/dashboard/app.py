@@ -2,7 +2,7 @@
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from rlsys.dashboard.recorded import histogram, staleness_map
 from rlsys.dashboard.run import Run, as_json
 from rlsys.dashboard.series import downsample
 from rlsys.dashboard.tokens import SORTS, Decoder, response, responses
+from rlsys.errors import RlsysError
 from rlsys.observability.catalogue import CATALOGUE
 
 STATIC = Path(__file__).parent / "static"
@@ -33,12 +34,16 @@ DIGEST_S = 0.4
 """Longest that one request reads recorded tokens; the page asks again for the rest."""
 MOST_NAMES = 200
 
+Scale = Callable[[Mapping[str, int]], None]
+"""Asks the live run that is served for so many workers of each role that is named. Raises RlsysError."""
+
 
 class Pages:
     """Answers, each from one run and in a worker thread."""
 
-    def __init__(self, runs: Sequence[Run], stopping: threading.Event) -> None:
+    def __init__(self, runs: Sequence[Run], stopping: threading.Event, scale: Scale | None) -> None:
         self._runs = list(runs)
+        self._scale = scale
         self._decoders = [Decoder(run.directory.checkpoints) for run in runs]
         self._stopping = stopping
 
@@ -56,6 +61,7 @@ class Pages:
             Route(f"{one}/timeline", self._answer(self._timeline)),
             Route(f"{one}/responses", self._answer(self._responses)),
             Route(f"{one}/response", self._answer(self._response)),
+            Route(f"{one}/workers", self._workers, methods=["POST"]),
             Mount("/static", StaticFiles(directory=STATIC)),
         ]
 
@@ -75,7 +81,10 @@ class Pages:
     def _list(self, request: Request) -> Any:
         for run in self._runs:
             run.refresh()
-        return [{"id": i, **run.summary(), "settings": run.settings()} for i, run in enumerate(self._runs)]
+        acts = self._scale is not None
+        return [
+            {"id": i, "acts": acts, **run.summary(), "settings": run.settings()} for i, run in enumerate(self._runs)
+        ]
 
     def _series(self, request: Request) -> Any:
         _, run = self._run(request)
@@ -121,6 +130,24 @@ class Pages:
         step, row = _integer(request, "step", -1), _integer(request, "row", -1)
         with _recorded(step, row):
             return response(run.rollouts.table(step), step, row, self._decoders[number])
+
+    async def _workers(self, request: Request) -> Response:
+        """Ask for so many workers by role, `{"rollout": 3}`; the run's own answer where it refuses."""
+        self._run(request)
+        if self._scale is None:
+            raise HTTPException(403, "this dashboard only reads: the run was started elsewhere")
+        try:
+            asked = await request.json()
+        except ValueError:
+            raise HTTPException(400, "expected JSON") from None
+        known = isinstance(asked, dict) and asked.keys() <= {"rollout", "reward"}
+        if not known or not all(type(count) is int for count in asked.values()):
+            raise HTTPException(400, "expected whole numbers for rollout, reward, or both")
+        try:
+            await run_in_threadpool(self._scale, asked)
+        except RlsysError as error:
+            raise HTTPException(409, str(error)) from None
+        return _json(asked)
 
     async def _stream(self, request: Request) -> Response:
         """Server-sent events: new rows of the named metrics, and a summary whenever something changed."""
@@ -193,10 +220,24 @@ def _recorded(*place: int) -> Iterator[None]:
         raise HTTPException(404, f"not recorded: {' '.join(map(str, place))}") from error
 
 
-def make_app(directories: Sequence[Path], *, host: str, token: str | None, stopping: threading.Event) -> Starlette:
-    """The dashboard of these run directories, guarded for a server bound to `host`."""
-    pages = Pages([Run(directory) for directory in directories], stopping)
-    middleware = [Middleware(Guard, host=host, token=token), Middleware(GZipMiddleware, minimum_size=2000)]
+def make_app(
+    directories: Sequence[Path],
+    *,
+    host: str,
+    token: str | None,
+    stopping: threading.Event,
+    scale: Scale | None = None,
+    open_to_read: bool = False,
+) -> Starlette:
+    """The dashboard of these run directories, guarded for a server bound to `host`.
+
+    `scale` lets it act on the one run that is served; `open_to_read`: only for that the token is demanded.
+    """
+    pages = Pages([Run(directory) for directory in directories], stopping, scale)
+    middleware = [
+        Middleware(Guard, host=host, token=token, open_to_read=open_to_read),
+        Middleware(GZipMiddleware, minimum_size=2000),
+    ]
     return Starlette(routes=pages.routes(), middleware=middleware)
 
 

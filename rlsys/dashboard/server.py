@@ -9,8 +9,8 @@ from urllib.parse import quote
 
 import uvicorn
 
-from rlsys.dashboard.app import make_app
-from rlsys.dashboard.guard import TOKEN_VARIABLE, choose_token
+from rlsys.dashboard.app import Scale, make_app
+from rlsys.dashboard.guard import TOKEN_VARIABLE, choose_token, is_loopback
 from rlsys.errors import ConfigError
 
 LOOPBACK = "127.0.0.1"
@@ -22,11 +22,21 @@ PATIENCE_S = 10.0
 class Served:
     """A dashboard that answers at `url`; with a token, the URL carries it."""
 
-    def __init__(self, directories: Sequence[Path], host: str = LOOPBACK, port: int = 0) -> None:
-        token = choose_token(host, os.environ.get(TOKEN_VARIABLE))
+    def __init__(
+        self, directories: Sequence[Path], host: str = LOOPBACK, port: int = 0, scale: Scale | None = None
+    ) -> None:
+        given = os.environ.get(TOKEN_VARIABLE)
+        token = choose_token(host, given, acts=scale is not None)
         self._socket = _listen(host, port)
         self._stopping = threading.Event()
-        app = make_app(directories, host=host, token=token, stopping=self._stopping)
+        app = make_app(
+            directories,
+            host=host,
+            token=token,
+            stopping=self._stopping,
+            scale=scale,
+            open_to_read=not given and is_loopback(host),
+        )
         settings = uvicorn.Config(
             app, log_level="warning", access_log=False, lifespan="off", timeout_graceful_shutdown=5, server_header=False
         )
@@ -80,9 +90,12 @@ def serve(directories: Sequence[Path], *, host: str = LOOPBACK, port: int = 0, o
         served.stop()
 
 
-def serve_in_thread(directory: Path, port: int = 0) -> Served:
-    """Serve one run on loopback beside whatever this process does, until `stop()`. Raises `ConfigError`."""
-    served = Served([directory], LOOPBACK, port)
+def serve_in_thread(directory: Path, port: int = 0, scale: Scale | None = None) -> Served:
+    """Serve one run on loopback beside whatever this process does, until `stop()`. Raises `ConfigError`.
+
+    With `scale` its fleet page can ask for more or fewer workers.
+    """
+    served = Served([directory], LOOPBACK, port, scale)
     served.start()
     return served
 

@@ -133,12 +133,12 @@ _METRICS = (
     Metric("ledger/trained", "groups", "trained since the start"),
     Metric("ledger/rejected", "groups", "rejected or failed since the start"),
     Metric("ledger/lost", "groups", "unaccounted for; always 0"),
-    Metric("workers/rollout/desired", "workers", "rollout workers asked for"),
-    Metric("workers/rollout/ready", "workers", "rollout workers alive"),
-    Metric("workers/rollout/restarts", "workers", "rollout workers started again since the start"),
-    Metric("workers/reward/desired", "workers", "reward workers asked for"),
-    Metric("workers/reward/ready", "workers", "reward workers alive"),
-    Metric("workers/reward/restarts", "workers", "reward workers started again since the start"),
+    Metric("workers/rollout/desired", "workers", "rollout workers there should be"),
+    Metric("workers/rollout/ready", "workers", "rollout workers that take work; a joining or a leaving one does not"),
+    Metric("workers/rollout/restarts", "workers", "rollout workers started in place of a dead one, since the start"),
+    Metric("workers/reward/desired", "workers", "reward workers there should be"),
+    Metric("workers/reward/ready", "workers", "reward workers that take work; a joining or a leaving one does not"),
+    Metric("workers/reward/restarts", "workers", "reward workers started in place of a dead one, since the start"),
     Metric("alarms/raised", "alarms", "alarms that stand"),
 )
 

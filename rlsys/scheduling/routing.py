@@ -29,9 +29,9 @@ class Router:
         """A worker exists; it gets prompts once it acknowledged a version."""
         self.workers.setdefault(name, Worker(name))
 
-    def remove(self, name: str) -> None:
-        """A worker is gone."""
-        self.workers.pop(name, None)
+    def remove(self, name: str) -> Worker | None:
+        """A worker gets no further prompts; returns what it still has, or None when that was known."""
+        return self.workers.pop(name, None)
 
     def acknowledge(self, name: str, version: PolicyVersion) -> None:
         """A worker serves `version` from now on; news never goes backwards."""

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from playwright.sync_api import Page, expect
@@ -37,8 +38,8 @@ def serve() -> Iterator:
     """`serve(directory, ...)` gives the address of a dashboard that lives as long as the test."""
     started = []
 
-    def serve(*directories: Path) -> str:
-        started.append(Served(directories))
+    def serve(*directories: Path, **control: Any) -> str:
+        started.append(Served(directories, **control))
         started[-1].start()
         return started[-1].url
 
@@ -242,3 +243,25 @@ def test_a_run_without_a_step_is_a_page_all_the_same(tmp_path: Path, serve, open
     expect(page.locator("#step-count")).to_have_text("step 0 of 9")
     expect(page.locator("#phase")).to_have_text("running")
     expect(page.get_by_text("no step yet")).to_be_visible()
+
+
+def test_the_fleet_page_scales_a_run_where_its_server_can(open_page: Open, serve, tmp_path: Path) -> None:
+    asked: list[dict[str, int]] = []
+
+    def scale(workers: Any) -> None:
+        asked.append(dict(workers))
+
+    page = open_page(f"{serve(make_run(tmp_path / 'run', 4), scale=scale)}#/fleet")
+    rollout = page.get_by_label("rollout workers", exact=True)
+    expect(rollout).not_to_have_value("")
+    rollout.fill("3")
+    page.get_by_role("button", name="Scale", exact=True).click()
+    said = page.get_by_role("status")
+    expect(said).to_contain_text("Asked for 3 rollout")
+    assert asked[-1]["rollout"] == 3
+
+
+def test_without_a_way_to_scale_there_is_no_control(open_page: Open, serve, tmp_path: Path) -> None:
+    page = open_page(f"{serve(make_run(tmp_path / 'run', 4))}#/fleet")
+    expect(page.get_by_text("Serving lag")).to_be_visible()
+    expect(page.get_by_role("button", name="Scale", exact=True)).to_have_count(0)

@@ -16,8 +16,9 @@ from rlsys.cli_view import RunView, out
 from rlsys.control.access import Access
 from rlsys.control.jobs import Job
 from rlsys.control.runs import Live
-from rlsys.control.service import Status, WorkerCounts
+from rlsys.control.service import Status
 from rlsys.errors import ClusterError, ConfigError, NoSuchRun
+from rlsys.scheduling.crew import WorkerCounts
 from tests.fakes import make_config
 
 COMMANDS = [str(command.name) for command in app.registered_commands]

@@ -17,24 +17,24 @@ class FakeRay(SimpleNamespace):
     """Fails its first starts with `errors`."""
 
     def __init__(self, *errors: str) -> None:
-        super().__init__(errors=list(errors), starts=0, scratch=None)
+        super().__init__(errors=list(errors), starts=0, scratch=None, given={}, have={"CPU": 8.0})
 
-    def init(self, *, _temp_dir: str, **_: object) -> None:
+    def init(self, *, address: str, _temp_dir: str = "", **given: object) -> None:
         self.starts += 1
-        self.scratch = Path(_temp_dir)
+        self.scratch, self.given = Path(_temp_dir), given
         if self.errors:
             raise Exception(self.errors.pop(0))
 
     def cluster_resources(self) -> dict[str, float]:
-        return {"CPU": 8.0}
+        return self.have
 
     def shutdown(self) -> None:
         pass
 
 
-def start(ray: FakeRay, monkeypatch: pytest.MonkeyPatch) -> None:
+def start(ray: FakeRay, monkeypatch: pytest.MonkeyPatch, *overrides: str) -> None:
     monkeypatch.setitem(sys.modules, "ray", ray)
-    with cluster(make_config(Path("/nowhere"))):
+    with cluster(make_config(Path("/nowhere"), *overrides)):
         assert ray.scratch.is_dir()
 
 
@@ -52,3 +52,26 @@ def test_one_that_does_not_start_is_explained(errors: list[str], starts: int, mo
         start(ray, monkeypatch)
     assert ray.starts == starts
     assert not ray.scratch.exists()
+
+
+def test_one_of_our_own_has_room_for_the_workers_that_may_join(monkeypatch: pytest.MonkeyPatch) -> None:
+    ray = FakeRay()
+    start(ray, monkeypatch, "scaling.rollout_max=40")
+    assert ray.given["num_cpus"] == 41
+    assert ray.given["resources"] == {}
+
+
+def test_one_of_our_own_offers_the_roles_that_are_demanded(monkeypatch: pytest.MonkeyPatch) -> None:
+    ray = FakeRay()
+    start(ray, monkeypatch, "resources.roles=true", "scaling.rollout_max=3", "reward.workers=9")
+    assert ray.given["resources"] == {"learner": 1.0, "rollout": 3.0, "reward": 9.0}
+
+
+def test_a_cluster_without_room_is_refused_unless_an_autoscaler_may_bring_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    ray = FakeRay()
+    ray.have = {"CPU": 2.0}
+    with pytest.raises(ClusterError, match=r"the cluster has 2 CPU, the run needs 4"):
+        start(ray, monkeypatch, "rollout.workers=3")
+    start(ray, monkeypatch, "rollout.workers=3", "resources.roles=true")

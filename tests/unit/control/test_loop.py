@@ -14,7 +14,6 @@ from rlsys.control.history import AHEAD
 from rlsys.control.loop import MAX_ATTEMPTS, MAX_FAILED_IN_A_ROW, TrainingLoop
 from rlsys.control.ports import PayloadLost, WorkerLost
 from rlsys.errors import (
-    ClusterError,
     EngineError,
     NonFiniteError,
     PromptRefused,
@@ -270,7 +269,7 @@ def test_a_cancelled_run_leaves_nothing_behind() -> None:
 # Workers that go
 
 
-@pytest.mark.parametrize("seconds", [0.001, 0.025, 0.05, 0.2])
+@pytest.mark.parametrize("seconds", [0.001, 0.025, 0.055, 0.2])
 def test_the_slots_of_a_lost_worker_are_sampled_again_and_trained_once(seconds: float) -> None:
     r = rig("learner.steps=20", workers=two_workers())
 
@@ -307,20 +306,6 @@ def test_the_rates_of_a_step_do_not_fall_below_zero_when_a_worker_is_lost() -> N
     rates = [metrics["throughput/generated_tokens_per_s"] for _, metrics in r.journal.rows]
     assert len(rates) == 20
     assert all(rate is not None and rate >= 0 for rate in rates)
-
-
-def test_losing_the_last_worker_ends_the_run_and_says_which() -> None:
-    r = rig("learner.steps=1000", workers=two_workers())
-
-    async def kill(loop: TrainingLoop) -> None:
-        await at(0.1)
-        r.workers[0].kill()
-        await at(0.3)
-        r.workers[1].kill()
-
-    with pytest.raises(ClusterError, match="no rollout worker is left; the last one, b, died: b was killed"):
-        r.run(kill)
-    assert r.ledger.counts()["lost"] == 0
 
 
 def test_an_engine_that_stopped_counts_as_a_lost_worker() -> None:

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 
 from rlsys.control import runs
-from rlsys.control.service import NAMESPACE, Status, WorkerCounts
+from rlsys.control.service import NAMESPACE, Status
 from rlsys.errors import ClusterError, ConfigError, NoSuchRun
+from rlsys.scheduling.crew import WorkerCounts
 from tests.fakes import make_config
 
 

@@ -1,6 +1,7 @@
 """Nobody reads a run over the network without the token, and no other site's page reads it over loopback."""
 
 import threading
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -116,3 +117,85 @@ def test_no_address_leads_out_of_the_static_files_and_the_given_runs(root: Path,
 @pytest.mark.parametrize("query", ["histogram?from=x", "timeline?from=nan", "timeline?to=x", "responses?sort=name"])
 def test_a_malformed_question_is_the_askers_mistake(root: Path, query: str) -> None:
     assert client(root, "127.0.0.1", None).get(f"/api/runs/0/{query}").status_code == 400
+
+
+# Acting
+
+
+ASKED = {"rollout": 3}
+
+
+def acting(root: Path, asked: list, *, host: str = "127.0.0.1", open_to_read: bool = True) -> TestClient:
+    def scale(workers: Mapping[str, int]) -> None:
+        if workers.get("rollout", 1) > 8:
+            raise ConfigError("rollout workers: 9: must be a whole number from 1 to 8")
+        asked.append(dict(workers))
+
+    app = make_app([root], host=host, token=TOKEN, stopping=threading.Event(), scale=scale, open_to_read=open_to_read)
+    return TestClient(app, base_url=f"http://{host}:8000", headers={"origin": f"http://{host}:8000"})
+
+
+def test_on_loopback_reading_stays_free_and_acting_needs_the_token(root: Path) -> None:
+    asked: list = []
+    page = acting(root, asked)
+    assert [run["acts"] for run in page.get("/api/runs").json()] == [True]
+    assert page.post("/api/runs/0/workers", json=ASKED).status_code == 401
+    assert asked == []
+    page.get("/", params={"token": TOKEN})
+    answer = page.post("/api/runs/0/workers", json=ASKED)  # by the cookie
+    assert (answer.status_code, answer.json(), asked) == (200, ASKED, [ASKED])
+
+
+def test_off_loopback_the_token_is_needed_for_either(root: Path) -> None:
+    page = acting(root, [], host="192.0.2.7", open_to_read=False)
+    assert page.get("/api/runs").status_code == 401
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"origin": "http://evil.example"},
+        {"origin": "http://127.0.0.1:9000"},
+        {"origin": "null"},
+        {"origin": ""},
+        {"content-type": "text/plain"},
+        {"content-type": "application/x-www-form-urlencoded"},
+    ],
+)
+def test_another_sites_page_cannot_act_through_ones_browser(root: Path, headers: dict[str, str]) -> None:
+    asked: list = []
+    page = acting(root, asked)
+    page.get("/", params={"token": TOKEN})
+    sent = {"content-type": "application/json", **headers}
+    assert page.post("/api/runs/0/workers", content=b'{"rollout": 3}', headers=sent).status_code == 403
+    assert asked == []
+
+
+@pytest.mark.parametrize(
+    ("body", "status"),
+    [
+        (b'{"rollout": 9}', 409),
+        (b'{"rollout": "3"}', 400),
+        (b'{"rollout": true}', 400),
+        (b'{"learner": 1}', 400),
+        (b"[]", 400),
+        (b"{", 400),
+    ],
+)
+def test_what_cannot_be_is_refused_with_the_reason(root: Path, body: bytes, status: int) -> None:
+    asked: list = []
+    page = acting(root, asked)
+    headers = {"content-type": "application/json", "authorization": f"Bearer {TOKEN}"}
+    answer = page.post("/api/runs/0/workers", content=body, headers=headers)
+    assert answer.status_code == status
+    assert asked == []
+    if status == 409:
+        assert answer.text == "rollout workers: 9: must be a whole number from 1 to 8"
+
+
+def test_a_dashboard_that_only_reads_cannot_be_made_to_act(root: Path) -> None:
+    page = client(root, "127.0.0.1", None)
+    assert [run["acts"] for run in page.get("/api/runs").json()] == [False]
+    answer = page.post("/api/runs/0/workers", json=ASKED, headers={"origin": "http://127.0.0.1:8000"})
+    assert (answer.status_code, answer.text) == (403, "this dashboard only reads: the run was started elsewhere")
+    assert page.post("/api/runs", json={}, headers={"origin": "http://127.0.0.1:8000"}).status_code == 405

@@ -7,6 +7,12 @@ export async function get(path, parameters = {}) {
   return response.json();
 }
 
+export async function post(path, body) {
+  const response = await fetch(`api/${path}`, { method: "POST", headers: { "content-type": "application/json" }, body: JSON.stringify(body) });
+  if (!response.ok) throw new Error((await response.text()).trim().slice(0, 300));
+  return response.json();
+}
+
 const MOST_ROWS = 2400; // beyond this the server is asked for fewer points again
 
 // Columns of some metrics of some runs: loaded once, then extended by what the stream brings.

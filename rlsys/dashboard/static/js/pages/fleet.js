@@ -1,6 +1,6 @@
 // Who was doing what, when; and how far behind the learner was each worker?
 
-import { get, throttled } from "../api.js";
+import { get, post, throttled } from "../api.js";
 import { LineChart, Surface } from "../chart.js";
 import { card, clear, colour, duration, empty, h, percent } from "../dom.js";
 
@@ -8,11 +8,39 @@ import { card, clear, colour, duration, empty, h, percent } from "../dom.js";
 const STATES = {
   generate: ["generating", "s0"], pause: ["paused for sync", "c4"], fetch: ["fetching weights", "c5", true],
   score: ["scoring", "s1"], reference: ["reference", "s2"], step: ["learner step", "c1"], publish: ["publishing", "c2"],
-  probe: ["probing", "s3"], evaluate: ["evaluating", "c6"], write: ["recording", "s4"],
+  probe: ["probing", "s3"], join: ["worker joining", "s3", true], leave: ["worker leaving", "c4", true], evaluate: ["evaluating", "c6"], write: ["recording", "s4"],
 };
 const known = (name) => STATES[name] ?? [name, "c6"];
 const FLEET = ["rollout", "reward"].flatMap((kind) => [["desired", "c6", true], ["ready", "c3"], ["restarts", "c4"]]
   .map(([what, tone, dash]) => ({ name: `workers/${kind}/${what}`, label: what, colour: tone, dash, stepped: true })));
+
+const ROLES = ["rollout", "reward"];
+
+// Asks the run for other numbers of workers, where whoever serves this page can reach it.
+function scaler(run) {
+  const said = h("span", { class: "small soft", role: "status" });
+  const inputs = ROLES.map((role) => h("input", { type: "number", min: "1", step: "1", "aria-label": `${role} workers` }));
+  const touched = new Set();
+  for (const input of inputs) input.addEventListener("input", () => touched.add(input));
+  const ask = async (event) => {
+    event.preventDefault();
+    const asked = Object.fromEntries(ROLES.map((role, i) => [role, inputs[i].valueAsNumber]).filter(([, count]) => !Number.isNaN(count)));
+    try {
+      await post(`runs/${run}/workers`, asked);
+      said.textContent = `Asked for ${Object.entries(asked).map(([role, count]) => `${count} ${role}`).join(", ")}.`;
+      touched.clear();
+    } catch (error) { said.textContent = error.message; }
+  };
+  const form = h("form", { class: "controls", onsubmit: ask }, ROLES.map((role, i) => h("label", {}, `${role} workers`, inputs[i])), h("button", { class: "button", type: "submit" }, "Scale"), said);
+  const element = card("Scale", "workers there should be; they come and go while the run trains", form);
+  element.classList.add("wide");
+  return { element, rows(table) { // what the run wants now, unless somebody is about to want something else
+    inputs.forEach((input, i) => {
+      const wanted = table.values[`workers/${ROLES[i]}/desired`].findLast((value) => value !== null);
+      if (!touched.has(input) && wanted !== undefined) input.value = wanted;
+    });
+  } };
+}
 
 export function create({ run, runs, meaning }) {
   let view = null, from = null, to = null, follow = false, strips = [];
@@ -91,12 +119,13 @@ export function create({ run, runs, meaning }) {
   }
 
   let seen = -1;
-  const charts = [lag, ...workers];
+  const charts = [lag, ...workers], control = runs[run].acts ? scaler(run) : null;
   return {
-    element: h("div", { class: "grid" }, timeline, versionPlace, charts.map((chart) => chart.element)),
+    element: h("div", { class: "grid" }, timeline, control?.element, versionPlace, charts.map((chart) => chart.element)),
     names: charts.flatMap((chart) => chart.series.map((one) => one.name)),
     rows(tables) {
       const table = tables.get(run);
+      control?.rows(table);
       for (const chart of charts) chart.set(table.step, chart.series.map((one) => table.values[one.name]));
     },
     summary(now) { if (now.events !== seen) { seen = now.events; if (!view || follow || to === null) reload.ask(); } },
