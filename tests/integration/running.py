@@ -145,9 +145,18 @@ def _as_from_a_terminal() -> None:
 
 
 @contextlib.contextmanager
-def running(directory: Path, *arguments: str) -> Iterator[Running]:
-    """`rlsys ARGUMENTS` in `directory`; whatever of it is left when the block ends, fails or not, is killed."""
-    yield from _started(directory, [sys.executable, "-m", "rlsys.cli", *arguments])
+def running(directory: Path, *arguments: str, **variables: str) -> Iterator[Running]:
+    """`rlsys ARGUMENTS` in `directory`, with environment variables added to a user's.
+
+    Whatever of it is left when the block ends, fails or not, is killed.
+    """
+    yield from _started(directory, [sys.executable, "-m", "rlsys.cli", *arguments], variables)
+
+
+@contextlib.contextmanager
+def module(directory: Path, *arguments: str, **variables: str) -> Iterator[Running]:
+    """The same for `python -m ARGUMENTS`."""
+    yield from _started(directory, [sys.executable, "-m", *arguments], variables)
 
 
 def rlsys(directory: Path, *arguments: str) -> Outcome:
@@ -156,20 +165,20 @@ def rlsys(directory: Path, *arguments: str) -> Outcome:
         return run.finish()
 
 
-def python(directory: Path, *arguments: str) -> Outcome:
+def python(directory: Path, *arguments: str, **variables: str) -> Outcome:
     """`python ARGUMENTS` in `directory`, to its end."""
-    with contextlib.contextmanager(_started)(directory, [sys.executable, *arguments]) as run:
+    with contextlib.contextmanager(_started)(directory, [sys.executable, *arguments], variables) as run:
         return run.finish()
 
 
-def _started(directory: Path, command: Sequence[str]) -> Iterator[Running]:
+def _started(directory: Path, command: Sequence[str], variables: Mapping[str, str]) -> Iterator[Running]:
     output = directory / f"output-{len(list(directory.glob('output-*')))}"
     output.mkdir()
     with (output / "stdout").open("w") as out, (output / "stderr").open("w") as err:
         process = subprocess.Popen(
             command,
             cwd=directory,
-            env=environment(),
+            env={**environment(), **variables},
             stdout=out,
             stderr=err,
             text=True,
@@ -198,6 +207,12 @@ def environment() -> dict[str, str]:
     root = str(Path(__file__).parents[2])
     patient = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "RAY_raylet_start_wait_time_s": str(PATIENCE_S)}
     return {**kept, **patient, "PYTHONPATH": root, "COLUMNS": "400", "TERM": "dumb", "NO_COLOR": "1"}
+
+
+@contextlib.contextmanager
+def program(directory: Path, *command: str, **variables: str) -> Iterator[Running]:
+    """Any other program, watched and cleared away like `running`."""
+    yield from _started(directory, command, variables)
 
 
 def rows(path: Path) -> list[dict[str, Any]]:
