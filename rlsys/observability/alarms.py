@@ -202,6 +202,13 @@ def rules(config: RunConfig) -> list[Rule]:
     return found
 
 
+def watched(config: RunConfig) -> list[Rule]:
+    """Every rule that can raise an alarm in a run: those that judge steps, a refused batch, roles that stall."""
+    stalled_s = config.alarms.stalled_s
+    stalled = [] if stalled_s is None else [_stalled(role, stalled_s) for role in ("rollout", "reward", "learner")]
+    return [*rules(config), _NOT_FINITE, *stalled]
+
+
 _NOT_FINITE = Rule(
     name="not_finite",
     measure=lambda metrics: None,

@@ -11,13 +11,17 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Metric:
-    """`by_staleness`, `by_sign`: also reported per staleness bucket, and by the sign of the advantage."""
+    """`by_staleness`, `by_sign`: also reported per staleness bucket, and by the sign of the advantage.
+
+    `additive`: sums over steps mean something, so that Prometheus gets a counter too.
+    """
 
     name: str
     unit: str
     meaning: str
     by_staleness: bool = False
     by_sign: bool = False
+    additive: bool = False
 
 
 PARTS = {"by_staleness": ("0", "1", "2", "3", "4+"), "by_sign": ("positive", "negative")}
@@ -111,15 +115,20 @@ _METRICS = (
     Metric("policy/response_tokens", "tokens", "mean response length"),
     Metric("weight_sync/publish_s", "s", "packing the parameters and putting them into the store"),
     Metric("weight_sync/apply_s", "s", "from sending a version to its acknowledgement, slowest worker's latest"),
-    Metric("weight_sync/pause_s", "s", "decoding stood still for syncs, all workers, since the previous step"),
+    Metric(
+        "weight_sync/pause_s",
+        "s",
+        "decoding stood still for syncs, all workers, since the previous step",
+        additive=True,
+    ),
     Metric("weight_sync/bytes", "bytes", "size of one version"),
     Metric("weight_sync/acked", "workers", "workers that serve the newest published version"),
     Metric("weight_sync/serving_lag_max", "versions", "learner version less the slowest worker's serving version"),
     Metric("throughput/generated_tokens_per_s", "tokens/s", "tokens of finished responses, all workers"),
     Metric("throughput/trained_tokens_per_s", "tokens/s", "prompt and response tokens the learner consumed"),
-    Metric("throughput/step_s", "s", "wall time from the previous learner step's end to this one's"),
-    Metric("throughput/learner_s", "s", "wall time inside the learner's update"),
-    Metric("throughput/learner_idle_s", "s", "wall time the learner waited for a batch"),
+    Metric("throughput/step_s", "s", "wall time from the previous learner step's end to this one's", additive=True),
+    Metric("throughput/learner_s", "s", "wall time inside the learner's update", additive=True),
+    Metric("throughput/learner_idle_s", "s", "wall time the learner waited for a batch", additive=True),
     Metric(
         "throughput/rollout_idle_fraction",
         "fraction",

@@ -16,6 +16,8 @@ Written by `python -m rlsys.observability.reference` from the one definition of 
 A ✓ under *staleness*: also restricted to tokens (or, for sequence metrics, responses) of one staleness, as
 `…/by_staleness/{staleness}`. A ✓ under *sign*: also restricted to tokens whose advantage has one sign, as
 `…/by_sign/{sign}`. A metric of an empty part is null.
+
+Prometheus has each as `ray_rlsys_…` with `_` for `/`, and with a ✓ under *sum* also its sum over steps, `…_total`.
 """
 
 
@@ -27,12 +29,14 @@ def page() -> str:
         text = text.replace(f"{{{place}}}", f"{{{value}}}")
     for area, metrics in groupby(CATALOGUE.values(), key=lambda metric: metric.name.split("/")[0]):
         rows = "\n".join(map(_row, metrics))
-        text += f"\n## {area}\n\n| metric | unit | meaning | staleness | sign |\n|---|---|---|---|---|\n{rows}\n"
+        text += (
+            f"\n## {area}\n\n| metric | unit | meaning | staleness | sign | sum |\n|---|---|---|---|---|---|\n{rows}\n"
+        )
     return text
 
 
 def _row(metric: Metric) -> str:
-    marks = ("✓" if flag else "" for flag in (metric.by_staleness, metric.by_sign))
+    marks = ("✓" if flag else "" for flag in (metric.by_staleness, metric.by_sign, metric.additive))
     return f"| `{metric.name}` | {metric.unit} | {metric.meaning} | " + " | ".join(marks) + " |"
 
 

@@ -64,7 +64,7 @@ class RunJournal:
         self._ledger = JsonLines(directory.ledger)
         self._notes = JsonLines(directory.notes)
         self._tensorboard = TensorBoard(directory.tensorboard) if config.records.tensorboard else None
-        self._prometheus = Prometheus(config.name) if config.observability.prometheus else None
+        self._prometheus = Prometheus(config) if config.observability.prometheus else None
         self._trace = TraceWriter(directory.trace) if config.observability.trace else None
         self._trackers = open_trackers(directory, config)
 
@@ -89,6 +89,8 @@ class RunJournal:
         now = time.time()
         fields = dataclasses.asdict(alarm)
         self._notes.write({"time": now, "kind": "alarm", "message": alarm.message, "alarm": fields})
+        if self._prometheus is not None:
+            self._prometheus.alarm(alarm)
         if self._trace is not None:
             self._trace.instant("alarms", alarm.name, now, {"state": alarm.state, "step": alarm.step})
 

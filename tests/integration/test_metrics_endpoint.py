@@ -15,7 +15,7 @@ SAMPLE = re.compile(r"ray_(rlsys_\w+)\{(.*)\} (\S+)")
 LABEL = re.compile(r'(\w+)="([^"]*)"')
 
 Scraped = dict[tuple[str, str | None], float]
-"""Value by gauge name and staleness or sign."""
+"""Value by name, and by staleness, sign or alarm."""
 
 
 def scrape(endpoint: str) -> Scraped:
@@ -25,7 +25,7 @@ def scrape(endpoint: str) -> Scraped:
     for name, labels, value in SAMPLE.findall(text):
         label = dict(LABEL.findall(labels))
         assert label["run"] == "run"
-        found[name, label.get("by_staleness") or label.get("by_sign")] = float(value)
+        found[name, label.get("by_staleness") or label.get("by_sign") or label.get("alarm")] = float(value)
     return found
 
 
@@ -53,3 +53,7 @@ def test_a_scrape_of_a_live_run_gives_the_metrics_of_a_recent_step(tmp_path: Pat
     assert scraped["rlsys_staleness_bound", None] in values
     rewards = [row["reward/mean"] for row in written.values()]
     assert min(rewards) <= scraped["rlsys_reward_mean", None] <= max(rewards)
+    assert scraped["rlsys_alarm_standing", "not_finite"] == 0
+    assert scraped["rlsys_alarm_limit", "ess_low"] == 0.3
+    took = sum(row["throughput/step_s"] for row in written.values())
+    assert 0 < scraped["rlsys_throughput_step_s_total", None] <= took
