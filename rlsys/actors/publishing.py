@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from rlsys.config.schema import RunConfig
-from rlsys.config.transport import COLLECTIVE, ON_GPU
+from rlsys.config.transport import ON_GPU, Transport
 from rlsys.errors import WeightSyncError
 from rlsys.versions import PolicyVersion
 from rlsys.weights.collective import Group
@@ -63,12 +63,12 @@ class Publisher:
         self._stores = transport != "object_store" and bool(probed or config.audit.every)
         self._held: dict[PolicyVersion, tuple[WeightTicket, Any]] = {}
 
-    def _end(self, transport: str, address: str) -> Any:
+    def _end(self, transport: Transport, address: str) -> Any:
         if transport == "object_store":
             return self._store
         from rlsys.engines.transfer import CollectiveSender, IpcSender
 
-        return CollectiveSender(transport, address) if transport in COLLECTIVE else IpcSender()
+        return IpcSender() if transport == "ipc" else CollectiveSender(transport, address)
 
     @property
     def nbytes(self) -> int:

@@ -92,7 +92,7 @@ class RewardPort(Protocol):
     def workers(self) -> Mapping[str, WorkerPort]:
         """Those that take calls."""
 
-    def add(self, name: str, worker: WorkerPort) -> None:
+    def add(self, name: str, worker: Any) -> None:
         """It takes its turn from now on."""
 
     def remove(self, name: str) -> None:

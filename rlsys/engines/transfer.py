@@ -23,7 +23,7 @@ from typing import Any, Generic, Literal, Protocol, TypeVar
 
 import torch
 from torch import Tensor
-from torch.distributed import ProcessGroupGloo, TCPStore
+from torch.distributed import ProcessGroupGloo, TCPStore  # type: ignore[attr-defined]
 from torch.distributed.distributed_c10d import PrefixStore
 from torch.multiprocessing.reductions import reduce_tensor
 from vllm.config import VllmConfig

@@ -197,7 +197,8 @@ class CollectiveSync(WeightSync[Member]):
         group, self._group = self._group, None
         if group is None:
             return
-        members = [self._learner, *(self._workers[name] for name in group.workers if name in self._workers)]
+        members: list[Source | Member] = [self._learner]
+        members += [self._workers[name] for name in group.workers if name in self._workers]
         answers = await asyncio.gather(
             *(_within(ANSWER_S, member.leave(group.epoch)) for member in members), return_exceptions=True
         )

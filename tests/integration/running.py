@@ -223,12 +223,6 @@ def environment() -> dict[str, str]:
     return {**kept, **patient, "PYTHONPATH": root, "COLUMNS": "400", "TERM": "dumb", "NO_COLOR": "1"}
 
 
-@contextlib.contextmanager
-def program(directory: Path, *command: str, **variables: str) -> Iterator[Running]:
-    """Any other program, watched and cleared away like `running`."""
-    yield from _started(directory, command, variables)
-
-
 def rows(path: Path) -> list[dict[str, Any]]:
     """All lines of a JSON-lines file."""
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
