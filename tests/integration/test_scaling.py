@@ -29,10 +29,12 @@ BOUND = SMALL["staleness"]["max"]
 ELSEWHERE = """
 import json, sys, time
 import ray
+from rlsys.control.access import stay_on_loopback
 from rlsys.control.remote import unwrap
 from rlsys.control.service import NAMESPACE
 from rlsys.errors import ConfigError
 
+stay_on_loopback()
 ray.init(address=sys.argv[1], log_to_driver=False, logging_level="ERROR")
 controller = ray.get_actor("run", namespace=NAMESPACE)
 
