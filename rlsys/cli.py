@@ -1,5 +1,6 @@
 """The command line: every command in the order of its help, and those that train and look at checkpoints."""
 
+import contextlib
 import logging
 import os
 import sys
@@ -61,7 +62,8 @@ def train(
         return
     from rlsys.control.lifecycle import train as run
 
-    with RunView(settings, quiet=as_json) as view:
+    # Ray says on stdout that a worker died, though it is replaced; with --json only the result is to be there.
+    with RunView(settings, quiet=as_json) as view, contextlib.redirect_stdout(sys.stderr if as_json else sys.stdout):
         result = run(
             settings, resume=resume, on_status=view.status, on_warmstart=view.warmstart, on_dashboard=view.dashboard
         )
