@@ -19,12 +19,15 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import cache
-from typing import Any, Generic, Literal, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
-from torch.distributed import ProcessGroupGloo, TCPStore  # type: ignore[attr-defined]
-from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed import (  # type: ignore[attr-defined]
+    PrefixStore,
+    ProcessGroupGloo,
+    TCPStore,
+)
 from torch.multiprocessing.reductions import reduce_tensor
 from vllm.config import VllmConfig
 from vllm.config.weight_transfer import WeightTransferConfig
@@ -41,7 +44,6 @@ from vllm.utils.nccl import unpinned_nccl_env
 from rlsys.errors import ConfigError, EngineError, WeightSyncError
 
 T = TypeVar("T")
-Collective = Literal["nccl", "gloo"]
 
 BACKENDS = {"nccl": "nccl", "ipc": "ipc", "gloo": "rlsys_gloo"}
 """Transport -> its name in vLLM's factory. The first two are vLLM's own."""
@@ -163,7 +165,7 @@ class IpcSender:
 class CollectiveSender:
     """Rank 0 of every group. Threads may wait in `join` and `broadcast` while another one calls `leave`."""
 
-    def __init__(self, backend: Collective, address: str) -> None:
+    def __init__(self, backend: str, address: str) -> None:
         """`address`: of this process, as the workers reach it."""
         _require_gpu(backend)
         self._backend, self._address = backend, address
@@ -269,7 +271,7 @@ class BackendReceiver:
 # What both ends are made of.
 
 
-def _communicator(backend: Collective, members: StatelessProcessGroup, address: str, timeout_s: float) -> Any:
+def _communicator(backend: str, members: StatelessProcessGroup, address: str, timeout_s: float) -> Any:
     """`address`: this process's own, on the network that the members share."""
     if backend == "gloo":
         return GlooCommunicator(members, address, timeout_s)

@@ -12,7 +12,7 @@ import time
 from collections import Counter
 from collections.abc import Coroutine, Set
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 from rlsys.errors import ChecksumMismatch, WeightSyncError, first_failure
 from rlsys.versions import PolicyVersion
@@ -84,8 +84,8 @@ class Source(Protocol):
         """As a member's."""
 
 
-class CollectiveSync(WeightSync[Member]):
-    """`WeightSync` whose bytes go to all workers at once: one conductor in place of one sender a worker."""
+class CollectiveSync(WeightSync):
+    """`WeightSync` whose bytes go to all workers, `Member`s, at once: one conductor in place of a sender for each."""
 
     def __init__(self, learner: Source, *, timeout_s: float) -> None:
         super().__init__(timeout_s=timeout_s)
@@ -114,6 +114,9 @@ class CollectiveSync(WeightSync[Member]):
         self._resting.discard(name)
         if name in self._applying:
             self._applying[name].cancel()  # its group must not wait for it
+
+    def _member(self, name: str) -> Member:
+        return cast(Member, self._workers[name])
 
     async def _conduct(self) -> None:
         """Consumes versions and joining workers, produces acknowledgements; a version that somebody lacks wakes it."""
@@ -176,7 +179,7 @@ class CollectiveSync(WeightSync[Member]):
     async def _who_answers(self, names: tuple[str, ...]) -> tuple[tuple[str, ...], dict[str, str]]:
         """Those who can take part, and why the others cannot: a group with one who is lost would never meet."""
         answers = await asyncio.gather(
-            *(_within(ANSWER_S, self._workers[name].ready()) for name in names), return_exceptions=True
+            *(_within(ANSWER_S, self._member(name).ready()) for name in names), return_exceptions=True
         )
         silent = {n: _said(answer) for n, answer in zip(names, answers, strict=True) if answer is not None}
         return tuple(name for name in names if name not in silent), silent
@@ -190,7 +193,7 @@ class CollectiveSync(WeightSync[Member]):
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self._learner.join(group))
             for name in names:
-                tasks.create_task(self._workers[name].join(group, group.rank(name)))
+                tasks.create_task(self._member(name).join(group, group.rank(name)))
 
     async def _give_up(self) -> None:
         """Everybody leaves the group, also those who wait in it."""
@@ -198,7 +201,7 @@ class CollectiveSync(WeightSync[Member]):
         if group is None:
             return
         members: list[Source | Member] = [self._learner]
-        members += [self._workers[name] for name in group.workers if name in self._workers]
+        members += [self._member(name) for name in group.workers if name in self._workers]
         answers = await asyncio.gather(
             *(_within(ANSWER_S, member.leave(group.epoch)) for member in members), return_exceptions=True
         )

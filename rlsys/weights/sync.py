@@ -9,7 +9,7 @@ import logging
 import time
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Generic, Protocol, TypeVar
+from typing import Protocol
 
 from rlsys.errors import WeightSyncError
 from rlsys.versions import PolicyVersion
@@ -45,16 +45,13 @@ class Applier(Protocol):
         """Fetch, verify and serve a version; returns seconds of paused decoding. Raises on any failure."""
 
 
-WorkerT = TypeVar("WorkerT", bound=Applier)
-
-
-class WeightSync(Generic[WorkerT]):
+class WeightSync:
     """Sends versions to workers and collects their acknowledgements. For one event loop."""
 
     def __init__(self, *, timeout_s: float) -> None:
         self._timeout_s = timeout_s
         self._ticket: WeightTicket | None = None
-        self._workers: dict[str, WorkerT] = {}
+        self._workers: dict[str, Applier] = {}
         self._senders: dict[str, asyncio.Task[None]] = {}
         self._changed = asyncio.Condition()
         self._acks: list[Ack] = []
@@ -84,7 +81,7 @@ class WeightSync(Generic[WorkerT]):
                 why = "".join(f"; {name}: {error}" for name, error in self._refused.items())
                 raise WeightSyncError(f"no worker served version {version}{within}{why}")
 
-    async def add(self, name: str, worker: WorkerT) -> None:
+    async def add(self, name: str, worker: Applier) -> None:
         """A worker joins, perhaps after an earlier one of that name; it is brought to the current version first."""
         self._drop(name)
         self._workers[name] = worker

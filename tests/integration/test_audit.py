@@ -85,10 +85,19 @@ def test_versions_reach_both_workers_by_broadcast_and_are_served_exactly(home: P
     assert max(row["weight_sync/acked"] for row in trained) == 2
     assert all(row["weight_sync/bytes"] > 0 and row["weight_sync/apply_s"] > 0 for row in trained[1:])
     assert {response["worker"] for response in responses(run)} == {"rollout-0", "rollout-1"}
-    # log mu was recorded under the version that the engine served; the same version's log pi comes from the copy.
+    # log mu under the version that the engine served, log pi under the learner's: from the copy, or as it was trained.
     probed = [row for row in trained if row.get("split/engine/abs_mean") is not None]
-    assert max(row["split/engine/abs_mean"] for row in probed) < EXACT
-    assert max(row["split/lag/abs_mean"] for row in probed) > 100 * EXACT, "versions that hardly differ prove nothing"
+    assert all(row["split/engine/abs_mean"] < EXACT for row in probed)
+    fresh = [
+        abs(learner - engine)
+        for row in responses(run)
+        for learner, engine, version in zip(
+            row["policy_logprobs"], row["behavior_logprobs"], row["versions"], strict=True
+        )
+        if version == row["step"] - 1 > 0
+    ]
+    assert fresh or probed[1:], "nothing could be compared"
+    assert all(gap < 10 * EXACT for gap in fresh)
 
 
 @pytest.fixture(scope="module")

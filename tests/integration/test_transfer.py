@@ -171,18 +171,22 @@ def worker_process(pipe: Connection) -> None:
     from rlsys.engines.transfer import BackendReceiver
 
     receiver = BackendReceiver("gloo", SimpleNamespace(parallel_config=SimpleNamespace(rank=0), model_config=None))
-    handlers: dict[str, Callable[..., Any]] = {"join": receiver.join, "leave": receiver.leave, "ready": lambda: None}
 
     def apply(ticket: WeightTicket) -> float:
         verify(ticket.manifest, receiver.receive(ticket.payload))
         return 0.0
 
-    handlers["apply"] = apply
+    calls: dict[str, Callable[..., Any]] = {
+        "join": receiver.join,
+        "leave": receiver.leave,
+        "ready": lambda: None,
+        "apply": apply,
+    }
 
     def answer(key: int, name: str, arguments: tuple[Any, ...]) -> None:
         result: tuple[int, Exception | None, Any]
         try:
-            result = (key, None, handlers[name](*arguments))
+            result = (key, None, calls[name](*arguments))
         except Exception as error:
             result = (key, error if isinstance(error, ChecksumMismatch) else RuntimeError(str(error)), None)
         with writing:
