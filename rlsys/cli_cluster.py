@@ -180,8 +180,8 @@ def scale(
     with connected(find_access(address)):
         runs.scale(run, rollout=rollout, reward=reward)
         if wait:
-            with err.status(f"waiting for the workers of {run}"):
-                now = runs.wait_for_workers(run, wanted)
+            with err.status(f"waiting for the workers of {run}") as shown:
+                now = runs.wait_for_workers(run, wanted, lambda status: shown.update(f"{run}: {_workers(status)}"))
         else:
             now = runs.look(run).status
     if as_json:

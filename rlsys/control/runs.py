@@ -2,7 +2,7 @@
 
 import contextlib
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any
@@ -72,10 +72,13 @@ def scale(name: str, *, rollout: int | None, reward: int | None) -> None:
     _answers(name, [_controller(name).scale.remote(rollout=rollout, reward=reward)])
 
 
-def wait_for_workers(name: str, wanted: Mapping[str, int]) -> Status:
+def wait_for_workers(
+    name: str, wanted: Mapping[str, int], on_status: Callable[[Status], None] = lambda status: None
+) -> Status:
     """Wait until so many workers of each role are ready. Raises `ClusterError` when the run stops training before."""
     while True:
         status = look(name).status
+        on_status(status)
         if status.phase not in ("starting", "training"):
             raise ClusterError(f"run {name!r} is {status.phase}: its workers do not change any more")
         ready = {role: counts.ready for role, counts in status.workers.items()}

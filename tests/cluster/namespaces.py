@@ -31,9 +31,9 @@ CLOSE_S = 30.0
 NOTICE = {
     "RAY_health_check_period_ms": "1000",
     "RAY_health_check_timeout_ms": "2000",
-    "RAY_health_check_failure_threshold": "5",
+    "RAY_health_check_failure_threshold": "3",
 }
-"""A node that does not answer is given up after 15 s; with Ray's own settings it takes a minute."""
+"""A node that does not answer is given up after 9 s; with Ray's own settings it takes a minute."""
 
 REFUSED = {"RAY_NUM_REDIS_GET_RETRIES": "3"}
 """A node whose token is refused tries again three times; on its own it would twenty times."""

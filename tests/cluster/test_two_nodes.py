@@ -7,6 +7,7 @@ every byte of every version on the wire.
 import contextlib
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -89,12 +90,11 @@ def train(cluster: Cluster, home: Path, *overrides: str) -> contextlib.AbstractC
 
 
 def actors_on(node: Node) -> set[str]:
-    """Class names of the Ray actors there."""
+    """Class names of the run's actors there, which Ray shows in the names of their processes."""
     found = set()
     for pid in node.pids:
-        title = psutil.Process(pid).cmdline()[:1]
-        if title and title[0].startswith("ray::"):
-            found.add(title[0].removeprefix("ray::").split(".")[0])
+        with contextlib.suppress(psutil.NoSuchProcess):
+            found.update(re.findall(r"ray::(\w+Actor)", " ".join(psutil.Process(pid).cmdline())))
     return found
 
 
@@ -189,6 +189,7 @@ def test_a_run_goes_on_without_a_node_that_is_cut_off(tmp_path: Path) -> None:
             command.until(lambda: len(steps(run)) >= before + 5)
             command.interrupt()
             outcome = command.finish()
+    print(*(row["kind"] + ": " + row["message"] for row in rows(run / "events.jsonl")), sep="\n")
     assert outcome.code == 0, outcome.stderr
     assert len(lost()) == 1
     for row in steps(run):

@@ -229,6 +229,18 @@ def test_a_run_that_is_not_there_is_answered_with_the_nearest_name(rlsys: Citize
         assert "no run 'rum' here; did you mean 'run'?" in rlsys.refused(command, "rum")
 
 
+def test_a_run_is_scaled_while_it_trains(rlsys: Citizen, job: dict[str, Any]) -> None:
+    before = rlsys.told("status", "run")["status"]
+    assert (before["workers"]["rollout"]["desired"], before["workers"]["rollout"]["ready"]) == (1, 1)
+    assert rlsys.told("scale", "run", "--rollout", "2", "--wait")["workers"]["rollout"]["ready"] == 2
+    after = rlsys.told("status", "run")["status"]
+    assert set(after["serving"]) == {"rollout-0", "rollout-1"}
+    assert after["version"] > before["version"], "the learner did not wait for the new worker"
+    assert after["metrics"]["staleness/max"] <= 3
+    assert "rollout 2/2" in rlsys("status").stdout
+    assert "rollout workers: 0: must be a whole number from 1 to 8" in rlsys.refused("scale", "run", "--rollout", "0")
+
+
 def test_a_stopped_run_finishes_its_step_and_writes_a_checkpoint(rlsys: Citizen, job: dict[str, Any]) -> None:
     assert rlsys("stop", "run").returncode == 0
     followed = rlsys("logs", "run", "--follow")
