@@ -417,7 +417,7 @@ class Rig:
     """Workers that new versions were sent to when the run ended."""
 
     def __post_init__(self) -> None:
-        self.weights: WeightSync[Any] = WeightSync(timeout_s=self.config.weights.timeout_s)
+        self.weights: WeightSync = WeightSync(timeout_s=self.config.weights.timeout_s)
         self.ledger = Ledger(
             capacity=self.config.slots,
             window=self.config.staleness.window,

@@ -66,7 +66,7 @@ class WeightSyncActor:
     def __init__(self, config: RunConfig, learner: ActorHandle) -> None:
         settle("other", config)
         self._weights, self._learner = config.weights, learner
-        self._sync: WeightSync[Any] | None = None
+        self._sync: WeightSync | None = None
 
     async def publish(self, ticket: WeightTicket) -> None:
         """See `WeightSync.publish`."""
@@ -84,7 +84,7 @@ class WeightSyncActor:
         """Acknowledgements after the first `cursor`; waits for one."""
         return await self._service().acks(cursor)
 
-    def _service(self) -> WeightSync[Any]:
+    def _service(self) -> WeightSync:
         if self._sync is None:  # made inside the actor's event loop
             timeout_s = self._weights.timeout_s
             if self._weights.transport in COLLECTIVE:

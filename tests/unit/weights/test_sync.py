@@ -39,7 +39,7 @@ def with_sync(
     """Run `work` over a service with these workers; returns all acknowledgements. No task may be left."""
 
     async def main() -> list[Ack]:
-        sync: WeightSync[Worker] = WeightSync(timeout_s=timeout_s)
+        sync = WeightSync(timeout_s=timeout_s)
         for name, worker in workers.items():
             await sync.add(name, worker)
         await work(sync)
