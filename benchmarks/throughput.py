@@ -79,9 +79,9 @@ class Rate:
         self._times: list[float] = []
         self._tokens: list[int] = []
 
-    def add(self, tokens: int) -> None:
-        """A group of that many tokens finished now."""
-        self._times.append(time.perf_counter())
+    def add(self, tokens: int, at: float | None = None) -> None:
+        """A group of that many tokens finished, now or `at` a `perf_counter`."""
+        self._times.append(time.perf_counter() if at is None else at)
         self._tokens.append(tokens)
 
     @property

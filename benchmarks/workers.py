@@ -73,11 +73,13 @@ class Workers:
         from rlsys.actors.learner import LearnerActor
         from rlsys.actors.weight_sync import WeightSyncActor
         from rlsys.control import remote
+        from rlsys.control.learner import RemoteLearner
 
-        for former in (self._fleet.learner, self._fleet.weights):
+        for former in (*self._fleet.learner, self._fleet.weights):
             ray.kill(former)
-        self._fleet.learner = LearnerActor.options(num_cpus=1).remote(self._path, config, None)  # type: ignore[attr-defined]
-        self._fleet.weights = WeightSyncActor.options(num_cpus=0).remote(config)  # type: ignore[attr-defined]
-        await remote.all_ready([self._fleet.learner.version.remote()])
+        learner = LearnerActor.options(num_cpus=1).remote(self._path, config, None)  # type: ignore[attr-defined]
+        self._fleet.learner = [learner]
+        self._fleet.weights = WeightSyncActor.options(num_cpus=0).remote(config, learner)  # type: ignore[attr-defined]
+        await RemoteLearner(self._fleet.learner).load()
         for worker, handle in self._fleet.rollouts.items():
             await remote.call(self._fleet.weights.add.remote(worker, handle))

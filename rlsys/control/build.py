@@ -86,11 +86,6 @@ def start_actors(config: RunConfig, path: str, resume: Path | None, version: int
     return fleet
 
 
-def _role(config: RunConfig, name: str) -> dict[str, float]:
-    """The custom resource that places an actor, where the configuration asks for it."""
-    return {name: 1.0} if config.resources.roles else {}
-
-
 async def build(config: RunConfig, path: str, resume: Path | None) -> tuple[TrainingLoop, Fleet, RunJournal]:
     """A loop ready to run. Returns when the learner, the reference and every worker have loaded."""
     trainer_state = read_extra(resume) if resume else {}
