@@ -315,6 +315,7 @@ async def _measure(found: list[Lane], configs: dict[str, RunConfig], gpus: int, 
             )
     for transport, place in found:
         await syncs[transport, place].remove(place)
+    await asyncio.sleep(1)  # both ends leave their groups
     for name, values in samples.items():
         say(f"{name:<24} {summary(values)}")
     return {"nbytes": nbytes, "samples": samples, "summary": {name: summary(v) for name, v in samples.items()}}

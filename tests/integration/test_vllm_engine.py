@@ -263,7 +263,7 @@ def worker(directory: Path) -> Worker:
     )
     gc.freeze()
     actor_class: Any = rollout.RolloutActor
-    actor = actor_class.__ray_metadata__.modified_class("rollout-0", 0, str(directory), config, 0)
+    actor = actor_class.__ray_metadata__.modified_class("rollout-0", 0, 0, str(directory), config, 0)
     actor._transport = GivenBytes()
     return Worker(actor, LearnerSide(directory))
 
