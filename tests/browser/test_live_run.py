@@ -65,7 +65,7 @@ def test_a_run_grows_before_ones_eyes_and_stays_when_it_has_ended(
     expect(page.locator("#phase")).to_have_text(re.compile("starting|running"))
     watch_steps(page)
     beside = train.stderr.split("dashboard: ")[1].split()[0]
-    assert httpx.get(f"{beside}api/runs", timeout=60).json()[0]["name"] == "run"
+    assert httpx.get(httpx.URL(beside).join("/api/runs"), timeout=60).json()[0]["name"] == "run"
 
     expect(page.locator("#phase")).to_have_text("finished", timeout=600_000)
     expect(page.locator("#step-count")).to_have_text(f"step {STEPS} of {STEPS}")
