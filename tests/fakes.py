@@ -325,6 +325,7 @@ class FakeJournal:
     closed: list[Closed] = field(default_factory=list)
     alarms: list[Alarm] = field(default_factory=list)
     traced: dict[str, list[Span]] = field(default_factory=dict)
+    ticks: int = 0
 
     def step(self, version: int, metrics: Mapping[str, float | None]) -> None:
         for name in metrics:
@@ -336,6 +337,9 @@ class FakeJournal:
 
     def alarm(self, alarm: Alarm) -> None:
         self.alarms.append(alarm)
+
+    def tick(self) -> None:
+        self.ticks += 1
 
     def spans(self, role: str, spans: Sequence[Span]) -> None:
         self.traced.setdefault(role, []).extend(spans)

@@ -215,6 +215,9 @@ class Journal(Protocol):
     def spans(self, role: str, spans: Sequence[Span]) -> None:
         """What a role did, for the trace."""
 
+    def tick(self) -> None:
+        """Another second has passed: what has to be said again, is."""
+
 
 @dataclass(slots=True)
 class Parts:

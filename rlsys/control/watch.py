@@ -19,6 +19,7 @@ async def watch(parts: Parts, progress: Progress, history: History) -> None:
         await asyncio.sleep(EVERY_S)
         history.announce(history.alarms.idle(progress.version, progress.activity.idle_s()))
         await collect_spans(parts, progress)
+        parts.journal.tick()
 
 
 async def collect_spans(parts: Parts, progress: Progress) -> None:

@@ -47,6 +47,7 @@ class Prometheus:
         self._run = config.name
         self._gauges: dict[str, Gauge] = {}
         self._counters: dict[str, Counter] = {}
+        self._last: dict[tuple[str, tuple[str, ...]], tuple[float, dict[str, str]]] = {}
         for rule in watched(config):
             self._stands(rule.name, rule.severity, False)
             self._set(LIMIT, "limit of an alarm", {"alarm": rule.name}, rule.limit)
@@ -63,6 +64,11 @@ class Prometheus:
             if metric.additive and value:
                 self._add(name, meaning, value)
 
+    def refresh(self) -> None:
+        """Set every gauge to what it was: Ray drops one that is not set anew within two of its export intervals."""
+        for (name, _), (value, tags) in self._last.items():
+            self._gauges[name].set(value, tags=tags)
+
     def alarm(self, alarm: Alarm) -> None:
         """An alarm was raised or cleared."""
         self._stands(alarm.name, alarm.severity, alarm.state == "raised")
@@ -75,7 +81,9 @@ class Prometheus:
 
         if name not in self._gauges:
             self._gauges[name] = Gauge(name, description=meaning, tag_keys=("run", *labels))
-        self._gauges[name].set(value, tags={"run": self._run, **labels})
+        tags = {"run": self._run, **labels}
+        self._last[name, tuple(labels.values())] = value, tags
+        self._gauges[name].set(value, tags=tags)
 
     def _add(self, name: str, meaning: str, value: float) -> None:
         from ray.util.metrics import Counter

@@ -99,6 +99,11 @@ class RunJournal:
         if self._trace is not None:
             self._trace.spans(role, spans)
 
+    def tick(self) -> None:
+        """Another second has passed."""
+        if self._prometheus is not None:
+            self._prometheus.refresh()
+
     def closed(self, slot: Any) -> None:
         """One row of ledger.jsonl: a slot's end."""
         self._ledger.write(dataclasses.asdict(slot))

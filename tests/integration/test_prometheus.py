@@ -76,6 +76,10 @@ class Server:
         except OSError:
             return False
 
+    def sees_all(self) -> bool:
+        """Whether every node that it was told of has been scraped."""
+        return {target["health"] for target in self.ask("targets", state="active")["activeTargets"]} == {"up"}
+
     def until(self, expression: str) -> list[Series]:
         """What it gives once it gives something."""
         found: list[Series] = []
@@ -104,8 +108,12 @@ def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
     secret.touch(mode=0o600)
     secret.write_text(secrets.token_hex(32))
     token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(secret)}
-    often = {"RAY_metrics_report_interval_ms": "1000"}  # not every 10 s: some metrics are there for a step only
-    gcs, jobs, *ours = free_ports(4)
+    gcs, jobs, *ours, autoscaler, dashboard = free_ports(6)
+    often = {
+        "RAY_metrics_report_interval_ms": "1000",  # not every 10 s: some metrics are there for a step only
+        "AUTOSCALER_METRIC_PORT": str(autoscaler),  # not the fixed ones, which another cluster may have
+        "DASHBOARD_METRIC_PORT": str(dashboard),
+    }
     (directory / "noise.py").write_text(NOISE)
     write_config(
         directory,
@@ -229,9 +237,7 @@ def test_every_node_that_ray_names_is_scraped(live: Live) -> None:
     for server in (live.files, live.remote):
         (step,) = server.until("max by (run) (ray_rlsys_step)")
         assert step["metric"] == {"run": "run"}
-        targets = server.ask("targets", state="active")["activeTargets"]
-        assert targets
-        assert {target["health"] for target in targets} == {"up"}
+        server.process.until(server.sees_all)
 
 
 def test_the_alert_fires_when_the_weights_collapse(live: Live) -> None:

@@ -61,6 +61,17 @@ def test_a_gauge_holds_the_newest_value_and_a_null_metric_is_nan(exported: Expor
     assert of(exported, "rlsys_step") == 2
 
 
+def test_every_gauge_is_set_again_while_a_step_takes_its_time(exported: Exported) -> None:
+    sink = make_sink("alarms.ess_sequence_min=0.4")
+    sink.write(1, {"staleness/mean": 1.5, "throughput/step_s": 2.0})
+    before = dict(exported)
+    gauges = [key for key in exported if not key[0].endswith("_total")]
+    for key in gauges:
+        del exported[key]
+    sink.refresh()
+    assert exported == before
+
+
 def test_what_adds_up_over_steps_is_a_counter_too(exported: Exported) -> None:
     sink = make_sink()
     for seconds in (0.5, 0.0, None, 0.25):
