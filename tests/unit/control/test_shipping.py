@@ -123,19 +123,19 @@ def test_a_module_is_placed_where_import_will_find_it_wherever_it_was_found() ->
     found = own_code(
         {
             "plain": module("/somewhere/lib/plain.py"),
-            "package": module("/work/src/package/__init__.py"),
-            "package.part": module("/work/src/package/part.py"),
-            "space.part": module("/work/space/part.py"),
-            "rlsys.cli": module("/work/rlsys/cli.py"),
-            "__main__": module("/work/script.py"),
+            "package": module("/home/me/src/package/__init__.py"),
+            "package.part": module("/home/me/src/package/part.py"),
+            "space.part": module("/home/me/space/part.py"),
+            "rlsys.cli": module("/home/me/rlsys/cli.py"),
+            "__main__": module("/home/me/script.py"),
             "json": json,
             "pytest": pytest,
         }
     )
     assert found == {
         Path("plain.py"): Path("/somewhere/lib/plain.py"),
-        Path("package"): Path("/work/src/package"),
-        Path("space"): Path("/work/space"),
+        Path("package"): Path("/home/me/src/package"),
+        Path("space"): Path("/home/me/space"),
     }
 
 
