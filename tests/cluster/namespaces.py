@@ -1,7 +1,8 @@
 """Two machines in one: network namespaces joined by a virtual cable, for a Ray node in each.
 
 Nothing else is touched. Both ends of the cable, all addresses and all ports are inside, and what runs in a namespace
-is known by it, so that it can be ended without looking at any other process.
+is known by it, so that it can be ended without looking at any other process. Who clears away is a process of its own
+(this file, executed): it does so too when the one that made the namespaces was killed.
 """
 
 import contextlib
@@ -68,7 +69,7 @@ class Node:
         _ip("-n", self.namespace, "link", "set", CABLE, "down")
 
     def close(self) -> None:
-        """End every process there, then the namespace."""
+        """End every process there, then the namespace, if it was made."""
         if not Path("/run/netns", self.namespace).exists():
             return
         deadline = time.monotonic() + CLOSE_S
@@ -148,10 +149,8 @@ def two_nodes(environment: Mapping[str, str]) -> Iterator[Cluster]:
     """
     scratch = Path(tempfile.mkdtemp(prefix="rlsys-"))  # below /tmp: a socket's path may have 107 characters
     token = write_token(scratch / "token")
-    near, far = (
-        Node(f"{scratch.name}-{name}", address, scratch / name)
-        for name, address in zip(("near", "far"), ADDRESSES, strict=True)
-    )
+    near, far = _nodes(scratch)
+    keeper = subprocess.Popen([sys.executable, __file__, str(scratch)], stdin=subprocess.PIPE, start_new_session=True)
     try:
         for node in (near, far):
             node.scratch.mkdir()
@@ -164,10 +163,23 @@ def two_nodes(environment: Mapping[str, str]) -> Iterator[Cluster]:
             _ip("-n", node.namespace, "route", "add", "default", "via", other.address)
         yield Cluster(near, far, {**environment, **NOTICE, **REFUSED, **token, "RAY_worker_niceness": "0"})
     finally:
-        with contextlib.ExitStack() as closing:  # every step, whichever fails
-            closing.callback(shutil.rmtree, scratch)
-            closing.callback(near.close)
-            closing.callback(far.close)
+        keeper.communicate()
+        if keeper.returncode:
+            raise RuntimeError(f"{near.namespace} and {far.namespace} were not cleared away")
+
+
+def _nodes(scratch: Path) -> list[Node]:
+    names = zip(("near", "far"), ADDRESSES, strict=True)
+    return [Node(f"{scratch.name}-{name}", address, scratch / name) for name, address in names]
+
+
+def _clear_away(scratch: Path) -> None:
+    """Waits for the end of the block, or of its process: either closes the pipe that is read here."""
+    sys.stdin.read()
+    with contextlib.ExitStack() as closing:  # every step, whichever fails
+        closing.callback(shutil.rmtree, scratch)
+        for node in _nodes(scratch):
+            closing.callback(node.close)
 
 
 def write_token(path: Path) -> dict[str, str]:
@@ -182,3 +194,7 @@ def _ip(*arguments: str) -> str:
     if done.returncode:
         raise RuntimeError(f"ip {' '.join(arguments)}: {done.stderr.strip()}")
     return done.stdout
+
+
+if __name__ == "__main__":
+    _clear_away(Path(sys.argv[1]))

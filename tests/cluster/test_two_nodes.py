@@ -8,6 +8,7 @@ import contextlib
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -170,6 +171,29 @@ def test_a_command_with_another_token_is_told_so(cluster: Cluster, tmp_path: Pat
     assert cluster.address in said
     assert "RAY_AUTH_TOKEN" in said
     assert outcome.left == []
+
+
+KILLED = """
+import os, signal, subprocess
+from tests.cluster.namespaces import two_nodes
+
+with two_nodes(os.environ) as cluster:
+    for node in (cluster.near, cluster.far):
+        subprocess.Popen(node.inside("sleep", "1000"))
+        print(node.namespace, flush=True)
+    while not (cluster.near.pids and cluster.far.pids):
+        pass
+    print(cluster.near.scratch.parent, flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_the_nodes_are_cleared_away_even_when_who_made_them_is_killed() -> None:
+    """Who clears away holds the pipe until it has ended."""
+    killed = subprocess.run([sys.executable, "-c", KILLED], env=environment(), capture_output=True, text=True)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    near, far, scratch = killed.stdout.split()
+    assert not any(path.exists() for path in (Path("/run/netns", near), Path("/run/netns", far), Path(scratch)))
 
 
 def test_a_run_goes_on_without_a_node_that_is_cut_off(tmp_path: Path) -> None:
