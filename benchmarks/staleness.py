@@ -32,6 +32,7 @@ ARMS: dict[str, list[str]] = {
     "gspo": ["objective.name=gspo"],
     "decoupled_ppo": ["objective.name=decoupled_ppo"],
     "ppo_clip, ESS window": ["objective.name=ppo_clip", "staleness.controller=ess"],
+    "none, ESS window": ["objective.name=reinforce", "staleness.controller=ess"],
 }
 BOUNDS = (0, 1, 4, 16)
 STUDENT_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}
