@@ -45,8 +45,9 @@ def main() -> None:
         result = measure(config, arguments.rounds)
     finally:
         shutil.rmtree(scratch)
+    named = f" --name {arguments.name}" if arguments.name != "throughput" else ""
     extra = "".join(f" {o}" for o in overrides)
-    keep(arguments.name, f"python -m benchmarks.throughput --rounds {arguments.rounds}{extra}", result)
+    keep(arguments.name, f"python -m benchmarks.throughput --rounds {arguments.rounds}{named}{extra}", result)
 
 
 def measure(config: RunConfig, rounds: int) -> dict[str, Any]:
@@ -64,7 +65,9 @@ def measure(config: RunConfig, rounds: int) -> dict[str, Any]:
     found = {
         "rollout_over_bare": ratios(samples["rollout"], samples["bare"]),
         "pipeline_over_limit": ratios(samples["pipeline"], limits),
+        "sampled_over_learned": ratios(bench.sampled[1:], samples["learner"]),
         "learner_idle_fraction": bench.idle[1:],
+        "learner_between_steps": bench.between[1:],
         "pause_fraction": bench.paused[1:],
     }
     for name, values in {**samples, **found}.items():
@@ -133,6 +136,7 @@ class Bench:
         self.version = 0
         self.sampled: list[float] = []
         self.idle: list[float] = []
+        self.between: list[float] = []
         self.paused: list[float] = []
         fleet = self.fleet
         ready = [RemoteLearner(fleet.learner).load(), *(w.stats.remote() for w in fleet.rollouts.values())]
@@ -243,7 +247,9 @@ class Bench:
         self.version = config.learner.steps
         rows = [r for r in directory.rows() if "reward/mean" in r and r["step"] > first + 5]
         seconds = sum(r["throughput/step_s"] for r in rows)
+        busy = sum(r["throughput/learner_s"] + r["weight_sync/publish_s"] for r in rows)
         self.idle.append(sum(r["throughput/learner_idle_s"] for r in rows) / seconds)
+        self.between.append(1 - busy / seconds)
         self.paused.append(sum(r["weight_sync/pause_s"] for r in rows) / seconds)
         return len(rows) * config.rollout.prompts_per_step * config.rollout.samples_per_prompt / seconds
 

@@ -129,9 +129,13 @@ def _dashboard(
 
 
 def initial_model(config: RunConfig, on_warmstart: Callable[[int, int, float], None] | None = None) -> str:
-    """Directory of the initial policy: `model.path`, or the warm-started tiny model (made once, then cached)."""
+    """The initial policy: `model.path`, or the directory of the warm-started tiny model (made once, then cached).
+
+    Directories are absolute: a cluster that was there before works elsewhere.
+    """
     if config.model.path is not None:
-        return config.model.path
+        directory = Path(config.model.path)
+        return str(directory.absolute()) if directory.is_dir() else config.model.path
     import torch
 
     from rlsys.learning.warmstart import ensure_warmstart
