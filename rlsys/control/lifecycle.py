@@ -157,7 +157,10 @@ def _checkpoint_to_resume(directory: RunDirectory, config: RunConfig) -> Path:
 
     checkpoint = latest(directory.root)
     if checkpoint is None:
-        raise CheckpointError(f"--resume: {directory.checkpoints} holds no complete checkpoint; start without --resume")
+        again = "remove it, or choose another name (name=...), and" if directory.metrics.exists() else "so"
+        raise CheckpointError(
+            f"--resume: {directory.root} holds no complete checkpoint; {again} start without --resume"
+        )
     version = int(read_extra(checkpoint)["version"])
     if version >= config.learner.steps:
         raise ConfigError(

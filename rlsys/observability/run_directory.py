@@ -71,9 +71,14 @@ class RunDirectory:
 
     def require_new(self) -> None:
         """Raise `CheckpointError` when the directory already holds a run."""
-        if self.metrics.exists() or any(self.checkpoints.glob("step-*")):
+        if any(self.checkpoints.glob("step-*")):
             raise CheckpointError(
                 f"{self.root} already holds a run; continue it with --resume, or choose another name (name=...)"
+            )
+        if self.metrics.exists():
+            raise CheckpointError(
+                f"{self.root} already holds a run, which ended before its first checkpoint; remove that directory, or "
+                "choose another name (name=...)"
             )
 
     def create(self, config_yaml: str) -> None:

@@ -105,7 +105,10 @@ def test_a_directory_that_holds_a_run_is_not_used_for_another(tmp_path: Path) ->
     assert directory.config.read_text() == "name: run\n"
     directory.create("name: run\n")  # nothing was recorded yet
     open_journal(directory).close()
-    with pytest.raises(CheckpointError, match="already holds a run"):
+    with pytest.raises(CheckpointError, match="before its first checkpoint; remove that directory, or choose another"):
+        directory.create("name: run\n")
+    (directory.checkpoints / "step-000001").mkdir(parents=True)
+    with pytest.raises(CheckpointError, match="continue it with --resume, or choose another name"):
         directory.create("name: run\n")
 
 
