@@ -271,11 +271,16 @@ class FakeReference:
 
 @dataclass
 class FakeRecorder:
+    """Remembers what it was to write; `fail`: name of a file -> error."""
+
     write_s: float = 0.0
+    fail: Mapping[str, Exception] = field(default_factory=dict)
     files: list[tuple[str, int, list[int]]] = field(default_factory=list)
 
     async def write(self, name: str, version: int, batch: Sequence[FinishedGroup], arrays: Any) -> None:
         await asyncio.sleep(self.write_s)
+        if name in self.fail:
+            raise self.fail[name]
         self.files.append((name, version, [group.summary.slot for group in batch]))
 
 

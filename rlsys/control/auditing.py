@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from rlsys.config.schema import AuditConfig
-from rlsys.control.ports import AuditPort, FinishedGroup, Journal, WorkerLost
+from rlsys.control.ports import AuditPort, FinishedGroup, Journal, PayloadLost, WorkerLost
 from rlsys.errors import RlsysError
 from rlsys.versions import PolicyVersion
 from rlsys.weights.transport import WeightTicket
@@ -32,7 +32,7 @@ class Auditor:
             return {}
         try:
             return dict(await self._port.audit(batch[: self._prompts], ticket))
-        except (RlsysError, WorkerLost) as error:
+        except (RlsysError, WorkerLost, PayloadLost) as error:
             self._journal.event("audit_failed", f"version {version}: {error}")
             return {}
 

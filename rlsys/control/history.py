@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from rlsys.config.schema import RunConfig
 from rlsys.control.auditing import Auditor
-from rlsys.control.ports import FinishedGroup, Parts, Payload, Update
+from rlsys.control.ports import FinishedGroup, Parts, Payload, PayloadLost, ProbePort, Update
 from rlsys.control.progress import Progress, StepClock, ask_fleet, ledger_metrics, sync_metrics, worker_metrics
 from rlsys.observability.alarms import Alarm, Alarms
 from rlsys.scheduling.ledger import Ledger, Slot
@@ -62,7 +62,10 @@ class Tally:
 
 
 class History:
-    """Consumes finished steps, produces rows, alarms and parquet files."""
+    """Consumes finished steps, produces rows, alarms and parquet files.
+
+    What a node took along before it was written down is an event; the step it belongs to is trained all the same.
+    """
 
     def __init__(self, config: RunConfig, parts: Parts, ledger: Ledger, router: Router, progress: Progress) -> None:
         self._config, self._parts = config, parts
@@ -146,15 +149,21 @@ class History:
                 audit.result()  # nobody waited for it; what it failed of has to be known
             self._audits.add(asyncio.create_task(self._audit(self._auditor, version, batch.groups)))
         every = self._config.records.rollouts_every
-        if self._parts.recorder is not None and every and version % every == 0:
-            await self._parts.recorder.write(f"step-{version:06d}", version, batch.groups, update.arrays)
+        if every and version % every == 0:
+            await self._write(f"step-{version:06d}", batch, update)
 
     async def _refused(self, batch: Batch, update: Update) -> None:
         version = update.step.version
         self.announce(self.alarms.refused(version))
-        if self._parts.recorder is not None:
-            name = f"refused-{version:06d}-{batch.slots[0].id:06d}"
-            await self._parts.recorder.write(name, version, batch.groups, update.arrays)
+        await self._write(f"refused-{version:06d}-{batch.slots[0].id:06d}", batch, update)
+
+    async def _write(self, name: str, batch: Batch, update: Update) -> None:
+        if self._parts.recorder is None:
+            return
+        try:
+            await self._parts.recorder.write(name, update.step.version, batch.groups, update.arrays)
+        except PayloadLost as error:
+            self._parts.journal.event("records_lost", f"{name}: {error}")
 
     async def _probed(self, batch: Batch, update: Update, step_s: float) -> dict[str, float | None]:
         """The split of the log-ratio; left out where waiting for it would soon hold up the learner."""
@@ -162,12 +171,18 @@ class History:
             return {}
         if self._probing is not None:
             self._probing.result()  # nobody waited for it; what it failed of has to be known
-        self._probing = asyncio.create_task(
-            self._parts.probe.split(update.step.version - 1, batch.groups, update.arrays)
-        )
+        self._probing = asyncio.create_task(self._split(self._parts.probe, batch, update))
         spare_s = max(0, AHEAD // 2 - self._queue.qsize()) * step_s
         await asyncio.wait({self._probing}, timeout=spare_s)
         return self._probing.result() if self._probing.done() else {}
+
+    async def _split(self, probe: ProbePort, batch: Batch, update: Update) -> dict[str, float | None]:
+        version = update.step.version - 1
+        try:
+            return await probe.split(version, batch.groups, update.arrays)
+        except PayloadLost as error:
+            self._parts.journal.event("split_lost", f"version {version}: {error}")
+            return {}
 
     async def _audit(self, auditor: Auditor, version: PolicyVersion, groups: Sequence[FinishedGroup]) -> None:
         """A row of its own, as an evaluation's: it takes longer than a step, and nothing waits for it."""

@@ -7,7 +7,7 @@ import pytest
 
 from rlsys.config.schema import AuditConfig
 from rlsys.control.auditing import Auditor
-from rlsys.control.ports import WorkerLost
+from rlsys.control.ports import PayloadLost, WorkerLost
 from rlsys.errors import RewardError
 from tests.fakes import FakeAudit, FakeJournal, FakeLearner, Rig, make_config, make_ticket, run
 
@@ -56,7 +56,7 @@ def test_a_batch_that_was_refused_is_not_audited_and_the_next_one_is() -> None:
     assert r.audit.asked[1] == consumed[2]
 
 
-@pytest.mark.parametrize("error", [RewardError("no reward"), WorkerLost("gone")])
+@pytest.mark.parametrize("error", [RewardError("no reward"), WorkerLost("gone"), PayloadLost("with its node")])
 def test_an_audit_that_fails_is_an_event_and_its_step_has_a_row_all_the_same(error: Exception) -> None:
     r = rig("audit.every=2", "learner.steps=6", audit=FakeAudit(fail={3: error}))
     r.run()

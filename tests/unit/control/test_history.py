@@ -5,7 +5,8 @@ from typing import Any
 
 import pytest
 
-from tests.fakes import FakeLearner, FakeProbe, FakeRollout, Rig, make_config
+from rlsys.control.ports import PayloadLost
+from tests.fakes import FakeLearner, FakeProbe, FakeRecorder, FakeRollout, Rig, make_config
 
 DIRECTORY = Path("/nowhere")
 
@@ -41,6 +42,26 @@ def test_a_slow_probe_never_makes_the_learner_wait() -> None:
 def test_a_probe_that_fails_stops_the_run_even_when_nobody_waited_for_it() -> None:
     r = rig("learner.steps=40", probe=FakeProbe(split_s=0.05, error=ValueError("version 3 is not held")))
     with pytest.raises(ValueError, match="version 3 is not held"):
+        r.run()
+
+
+# What a node took along
+
+
+def test_a_batch_that_is_gone_before_it_was_written_down_costs_its_record_and_not_the_run() -> None:
+    gone = PayloadLost("node b is dead")
+    r = rig("learner.steps=4", probe=FakeProbe(error=gone), recorder=FakeRecorder(fail={"step-000002": gone}))
+    r.run()
+    assert [name for name, _, _ in r.recorder.files] == ["step-000001", "step-000003", "step-000004"]
+    assert ("records_lost", "step-000002: node b is dead") in r.journal.events
+    assert [what for what, _ in r.journal.events].count("split_lost") == 4
+    assert list(rows(r)) == [1, 2, 3, 4]
+    assert not any("split/lag/mean" in row for row in rows(r).values())
+
+
+def test_a_recorder_that_fails_stops_the_run() -> None:
+    r = rig("learner.steps=4", recorder=FakeRecorder(fail={"step-000002": OSError("no space left on device")}))
+    with pytest.raises(OSError, match="no space left"):
         r.run()
 
 
