@@ -14,16 +14,14 @@ from typing import Any, TypeVar
 import numpy as np
 
 from rlsys.config import RunConfig, parse_config
-from rlsys.control.loop import TrainingLoop
-from rlsys.control.ports import FinishedGroup, FleetStats, Parts, Update, WorkerLost
+from rlsys.control.ports import FinishedGroup, FleetStats, Update, WorkerLost
 from rlsys.errors import RewardError
 from rlsys.observability.alarms import Alarm
 from rlsys.observability.catalogue import CATALOGUE, definition
 from rlsys.observability.spans import Span
 from rlsys.records import GroupScore, GroupSummary, LearnerStep, Prompt, Response, Rollout, RolloutGroup
-from rlsys.scheduling.ledger import Closed, Ledger
+from rlsys.scheduling.ledger import Closed
 from rlsys.versions import VersionSpan, WeightManifest
-from rlsys.weights.sync import WeightSync
 from rlsys.weights.transport import WeightTicket
 
 T = TypeVar("T")
@@ -401,98 +399,6 @@ def make_config(directory: Path, *overrides: str) -> RunConfig:
     """Two prompts a step, two samples each, and nothing that starts by itself."""
     small = ("rollout.prompts_per_step=2", "rollout.samples_per_prompt=2", "learner.steps=6", "eval.every=0")
     return parse_config({"task": {"name": "arithmetic"}, "run_dir": str(directory)}, [*small, *overrides])
-
-
-@dataclass
-class Rig:
-    """A control loop and the fakes it works with; change them before `run`."""
-
-    config: RunConfig
-    workers: list[FakeRollout] = field(default_factory=lambda: [FakeRollout("a")])
-    rewards: FakeRewards = field(default_factory=FakeRewards)
-    learner: FakeLearner = field(default_factory=FakeLearner)
-    recorder: FakeRecorder = field(default_factory=FakeRecorder)
-    journal: FakeJournal = field(default_factory=FakeJournal)
-    prompts: FakePrompts = field(default_factory=FakePrompts)
-    launcher: FakeLauncher = field(default_factory=FakeLauncher)
-    reference: FakeReference | None = None
-    probe: FakeProbe | None = None
-    audit: FakeAudit = field(default_factory=FakeAudit)
-    roles: dict[str, Any] = field(default_factory=dict)
-    reopened: Sequence[Prompt] = ()
-    eval_prompts: Sequence[Prompt] = ()
-    first_id: int = 0
-    served: set[str] = field(default_factory=set)
-    """Workers that new versions were sent to when the run ended."""
-
-    def __post_init__(self) -> None:
-        self.weights: WeightSync = WeightSync(timeout_s=self.config.weights.timeout_s)
-        self.ledger = Ledger(
-            capacity=self.config.slots,
-            window=self.config.staleness.window,
-            on_close=self.journal.closed.append,
-            first_id=self.first_id,
-        )
-
-    def make(self) -> TrainingLoop:
-        parts = Parts(
-            prompts=self.prompts,
-            rollouts={worker.name: worker for worker in self.workers},
-            rewards=self.rewards,
-            reference=self.reference,
-            learner=self.learner,
-            weights=self.weights,
-            recorder=self.recorder,
-            journal=self.journal,
-            launcher=self.launcher,
-            probe=self.probe,
-            roles=self.roles,
-            audit=self.audit if self.config.audit.every else None,
-        )
-        return TrainingLoop(
-            self.config,
-            parts,
-            ledger=self.ledger,
-            eval_prompts=self.eval_prompts,
-            version=self.learner.version,
-            reopened=self.reopened,
-        )
-
-    def run(self, during: Callable[[TrainingLoop], Coroutine[Any, Any, None]] | None = None) -> TrainingLoop:
-        """Run to the end beside `during(loop)`, which must end first; no task of the loop may outlive it, ever."""
-
-        async def main() -> TrainingLoop:
-            for worker in self.workers:
-                await self.weights.add(worker.name, worker)
-            self.loop = self.make()
-            beside = asyncio.create_task(during(self.loop)) if during else None
-            mine = asyncio.all_tasks()
-            try:
-                await self.loop.run()
-                if beside is not None:
-                    assert beside.done(), "the run ended before what was to happen during it"
-                    beside.result()
-            finally:
-                senders = self.weights._senders
-                left, self.served = asyncio.all_tasks() - mine - set(senders.values()), set(senders)
-                assert not left, f"left behind: {left}"
-                if beside is not None:
-                    beside.cancel()
-                for name in list(self.weights._senders):
-                    await self.weights.remove(name)
-            return self.loop
-
-        return run(main())
-
-    @property
-    def trained(self) -> list[int]:
-        """Slots in the order of the batches that held them."""
-        return [slot for batch in self.learner.batches for slot in batch.slots]
-
-    @property
-    def ends(self) -> dict[str, int]:
-        """Ended slots by reason, without the reasons nobody had."""
-        return {end.value: count for end, count in self.ledger.ended.items() if count}
 
 
 def broken_reward(*slots: int) -> Callable[[RolloutGroup], Exception | None]:

@@ -1,19 +1,13 @@
 """Which batches are audited, with which weights, and what an audit cannot disturb."""
 
-from pathlib import Path
-from typing import Any
-
 import pytest
 
 from rlsys.config.schema import AuditConfig
 from rlsys.control.auditing import Auditor
 from rlsys.control.ports import PayloadLost, WorkerLost
 from rlsys.errors import RewardError
-from tests.fakes import FakeAudit, FakeJournal, FakeLearner, Rig, make_config, make_ticket, run
-
-
-def rig(*overrides: str, **parts: Any) -> Rig:
-    return Rig(make_config(Path("/nowhere"), *overrides), **parts)
+from tests.fakes import FakeAudit, FakeJournal, FakeLearner, make_ticket, run
+from tests.rig import Rig, rig
 
 
 def audited(rig: Rig) -> list[int]:

@@ -1,18 +1,10 @@
 """What a step leaves behind: metrics of all parts, alarms where they belong, and never a learner that waits for it."""
 
-from pathlib import Path
-from typing import Any
-
 import pytest
 
 from rlsys.control.ports import PayloadLost
-from tests.fakes import FakeLearner, FakeProbe, FakeRecorder, FakeRollout, Rig, make_config
-
-DIRECTORY = Path("/nowhere")
-
-
-def rig(*overrides: str, **parts: Any) -> Rig:
-    return Rig(make_config(DIRECTORY, *overrides), **parts)
+from tests.fakes import FakeLearner, FakeProbe, FakeRecorder, FakeRollout
+from tests.rig import Rig, rig
 
 
 def rows(rig: Rig) -> dict[int, dict[str, float | None]]:

@@ -18,10 +18,10 @@ from tests.fakes import (
     FakeLearner,
     FakeRewardWorker,
     FakeRollout,
-    Rig,
     make_config,
     now,
 )
+from tests.rig import Rig, at
 
 DIRECTORY = Path("/nowhere")
 
@@ -68,14 +68,6 @@ def said(rig: Rig, kind: str) -> list[str]:
     return [message for found, message in rig.journal.events if found == kind]
 
 
-def kinds(rig: Rig) -> list[str]:
-    return [kind for kind, _ in rig.journal.events]
-
-
-async def at(seconds: float) -> None:
-    await asyncio.sleep(seconds - now())
-
-
 async def until(condition: Callable[[], bool]) -> None:
     while not condition():  # noqa: ASYNC110
         await asyncio.sleep(0.001)
@@ -107,7 +99,7 @@ def test_a_run_scaled_up_and_down_again_loses_nothing_and_shows_it_in_its_metric
         await until(lambda: counts(loop) == (3, 3, 0))
         await at(1.0)
         loop.workers.scale("asked for", rollout=1)
-        await until(lambda: "worker_left" in kinds(r))
+        await until(lambda: "worker_left" in r.kinds)
 
     loop = r.run(scale)
     require_sound(r)
@@ -176,7 +168,7 @@ def test_a_worker_that_cannot_finish_in_time_hands_its_slots_back_and_they_are_t
     r.run(scale)
     require_sound(r)
     assert [message.split(",")[0] for message in said(r, "worker_left")] == ["rollout-1: handed back what it had"]
-    assert "worker_lost" not in kinds(r)
+    assert "worker_lost" not in r.kinds
 
 
 def test_a_prompt_is_not_blamed_for_the_workers_that_were_told_to_go() -> None:
@@ -304,7 +296,7 @@ def test_the_only_worker_is_replaced_and_the_run_goes_on() -> None:
     require_sound(r)
     assert r.launcher.started == [("rollout-1", 0)]
     assert loop.version == 200
-    assert kinds(r) == ["worker_lost", "worker_joined"]
+    assert r.kinds == ["worker_lost", "worker_joined"]
     assert r.journal.rows[-1][1]["workers/rollout/restarts"] == 1
 
 
@@ -361,7 +353,7 @@ def test_a_crash_loop_beside_good_workers_is_given_up_and_the_run_goes_on_with_t
     async def scale(loop: TrainingLoop) -> None:
         await at(0.5)
         loop.workers.scale("asked for", rollout=2)
-        await until(lambda: "scaling_gave_up" in kinds(r))
+        await until(lambda: "scaling_gave_up" in r.kinds)
         assert counts(loop) == (1, 1, 2)
         r.launcher.rollout_worker = lambda name: FakeRollout(name)
         loop.workers.scale("asked for", rollout=2)

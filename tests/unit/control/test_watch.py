@@ -10,7 +10,8 @@ import pytest
 from rlsys.control.ports import WorkerLost
 from rlsys.control.watch import EVERY_S, watch
 from rlsys.observability.spans import Span
-from tests.fakes import Rig, make_config, now, run
+from tests.fakes import make_config, now, run
+from tests.rig import Rig
 
 
 @dataclass

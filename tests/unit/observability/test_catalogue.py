@@ -7,7 +7,8 @@ import pytest
 from rlsys.config.schema import AdvantageConfig, KLConfig, LearnerConfig, ModelConfig, ObjectiveConfig, TinyModelConfig
 from rlsys.observability import reference
 from rlsys.observability.catalogue import CATALOGUE, PARTS, definition
-from tests.fakes import FakeProbe, Rig, make_config, make_prompt
+from tests.fakes import FakeProbe, make_config, make_prompt
+from tests.rig import Rig
 
 
 def test_names_are_unique_and_say_unit_and_meaning() -> None:
