@@ -71,8 +71,10 @@ def run(config: str, overrides: list[str]) -> dict[str, Any]:
         "staleness_max": max(s["staleness/max"] for s in steps),
         "violations": sum(s["staleness/violations"] for s in steps),
         "lost": steps[-1]["ledger/lost"],
-        "pause_fraction": round(
-            sum(s["weight_sync/pause_s"] for s in steps) / sum(s["throughput/step_s"] for s in steps), 5
+        "pause_fraction": round(  # of a worker's time
+            sum(s["weight_sync/pause_s"] / s["workers/rollout/ready"] for s in steps)
+            / sum(s["throughput/step_s"] for s in steps),
+            5,
         ),
     }
 

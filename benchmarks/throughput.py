@@ -250,7 +250,7 @@ class Bench:
         busy = sum(r["throughput/learner_s"] + r["weight_sync/publish_s"] for r in rows)
         self.idle.append(sum(r["throughput/learner_idle_s"] for r in rows) / seconds)
         self.between.append(1 - busy / seconds)
-        self.paused.append(sum(r["weight_sync/pause_s"] for r in rows) / seconds)
+        self.paused.append(sum(r["weight_sync/pause_s"] for r in rows) / (seconds * len(self.fleet.rollouts)))
         return len(rows) * config.rollout.prompts_per_step * config.rollout.samples_per_prompt / seconds
 
 
