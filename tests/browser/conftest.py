@@ -25,6 +25,19 @@ expect.set_options(timeout=PATIENCE_MS)
 
 Open = Callable[..., Page]
 
+INKED = """() => [...document.querySelectorAll("main canvas")].some((canvas) => {
+    if (!canvas.width || !canvas.height) return false;
+    const data = canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height).data;
+    let count = 0;
+    for (let i = 3; i < data.length; i += 4) count += data[i] > 0;
+    return count > 500;
+})"""
+
+
+def drawn(page: Page) -> None:
+    """Wait until something stands on one of the page's canvases."""
+    page.wait_for_function(INKED)
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Everything here drives a browser."""

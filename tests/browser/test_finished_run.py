@@ -9,7 +9,7 @@ import pytest
 from playwright.sync_api import Page, expect
 
 from rlsys.dashboard import Served
-from tests.browser.conftest import Open
+from tests.browser.conftest import Open, drawn
 from tests.made_run import add_step, append, evaluation, make_run, raise_alarm
 
 PAGES = {
@@ -78,16 +78,7 @@ def settled(page: Page, name: str) -> None:
     if name == "tokens":
         expect(page.locator(".tok")).to_have_count(3)
     if name in DRAWN_ON:
-        page.wait_for_function(INKED)
-
-
-INKED = """() => [...document.querySelectorAll("main canvas")].some((canvas) => {
-    if (!canvas.width || !canvas.height) return false;
-    const data = canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height).data;
-    let count = 0;
-    for (let i = 3; i < data.length; i += 4) count += data[i] > 0;
-    return count > 500;
-})"""
+        drawn(page)
 
 
 def test_the_overview_says_where_the_run_stands(url: str, open_page: Open) -> None:

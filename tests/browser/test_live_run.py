@@ -9,7 +9,7 @@ import httpx
 import pytest
 from playwright.sync_api import Page, expect
 
-from tests.browser.conftest import Open
+from tests.browser.conftest import Open, drawn
 from tests.integration.running import Running, running, write_config
 
 STEPS = 30
@@ -102,4 +102,6 @@ def test_every_page_of_a_real_run_has_its_data(url: str, train: Running, open_pa
     photograph(page, "live-tokens")
     page.locator("nav a[data-page=fleet]").click()
     expect(page.get_by_role("heading", name="Rollout workers")).to_be_visible()
+    expect(page.locator(".lane canvas").first).to_be_visible()
+    drawn(page)
     photograph(page, "live-fleet")
