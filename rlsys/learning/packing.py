@@ -5,10 +5,11 @@
     trie, depth first:   p ── a ── b          one row:   p  a  b
                          └── (e: no input)    column:    0  1  2
 
-A *tree* is the trie of some responses to one prompt; a row holds whole trees. In depth-first order the
-descendants of column j are the contiguous columns j+1 .. end_j - 1, so one integer per column says everything
-about attention: query i sees key j if and only if j <= i < end_j. Log-probabilities depend only on the prefix,
-so sharing prefixes changes no result, only the work: eight short samples of one prompt cost little more than one.
+A *tree* is the trie of some responses to one prompt, or to several that begin alike, as under one instruction; a row
+holds whole trees. In depth-first order the descendants of column j are the contiguous columns j+1 .. end_j - 1, so one
+integer per column says everything about attention: query i sees key j if and only if j <= i < end_j. Log-probabilities
+depend only on the prefix, so sharing prefixes changes no result, only the work: eight short samples of one prompt cost
+little more than one, and a hundred prompts under one instruction compute it once a row.
 """
 
 import heapq
@@ -27,6 +28,9 @@ Int64Array = npt.NDArray[np.int64]
 
 TRIES = 12
 """Numbers of rows compared for every batch."""
+
+WORTH = 16
+"""Tokens that prompts must have in common to be packed as one: fewer save less than larger pieces cost in padding."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -135,7 +139,7 @@ def pack(
     ValueError for an empty prompt (nothing predicts the first token).
     """
     chosen = range(len(sequences.responses)) if members is None else [int(m) for m in members]
-    trees = [tree for group in _by_prompt(sequences, chosen) for tree in _trees(sequences, group, row_tokens)]
+    trees = [tree for family in _families(sequences, chosen) for tree in _trees(family, row_tokens)]
     rows, width = _rows(trees, row_tokens, ranks)
     offsets = sequences.offsets()
     share = len(rows) // ranks
@@ -152,66 +156,83 @@ def pack(
     )
 
 
-def _by_prompt(sequences: Sequences, chosen: Iterable[int]) -> list[list[int]]:
-    """Chosen responses of each prompt, sorted by their tokens so that shared prefixes are neighbours."""
-    groups: dict[int, list[int]] = {}
+@dataclass(frozen=True, slots=True)
+class _Fed:
+    """A response's input, its prompt and all but its own last token, and the column that predicts its first one."""
+
+    response: int
+    ids: Int64Array
+    first: int
+
+
+def _families(sequences: Sequences, chosen: Iterable[int]) -> list[list[_Fed]]:
+    """Chosen responses of each prompt, and of prompts that begin with the same `WORTH` tokens and mostly alike.
+
+    A family is sorted by its tokens, so that shared prefixes are neighbours.
+    """
+    prompts: dict[int, list[int]] = {}
     for response in chosen:
         prompt = sequences.prompt_of[response]
         if not len(sequences.prompts[prompt]):
             raise ValueError(f"prompt {prompt} is empty: nothing predicts the first response token")
         if len(sequences.responses[response]):
-            groups.setdefault(prompt, []).append(response)
-    for group in groups.values():
-        group.sort(key=lambda response: sequences.responses[response].tolist())
-    return list(groups.values())
+            prompts.setdefault(prompt, []).append(response)
+    families: list[list[_Fed]] = []
+    last: Int64Array = np.empty(0, dtype=np.int64)
+    for prompt in sorted(prompts, key=lambda p: (list(sequences.prompts[p]), p)):
+        ids = np.asarray(sequences.prompts[prompt], dtype=np.int64)
+        if _common_prefix(last, ids) < max(WORTH, min(len(last), len(ids)) // 2):
+            families.append([])
+        last = ids
+        families[-1] += [
+            _Fed(response, np.concatenate([ids, sequences.responses[response][:-1]]), len(ids) - 1)
+            for response in prompts[prompt]
+        ]
+    families.sort(key=lambda family: min(fed.response for fed in family))
+    for family in families:
+        family.sort(key=lambda fed: fed.ids.tolist())
+    return families
 
 
-def _trees(sequences: Sequences, group: list[int], capacity: int) -> list[_Tree]:
-    """Tries over runs of one prompt's sorted responses, cut where a tree would outgrow `capacity` columns."""
+def _trees(family: Sequence[_Fed], capacity: int) -> list[_Tree]:
+    """Tries over runs of a family, cut where a tree would outgrow `capacity` columns."""
     trees: list[_Tree] = []
-    prompt = np.asarray(sequences.prompts[sequences.prompt_of[group[0]]], dtype=np.int64)
-    run: list[tuple[int, int]] = []
-    size = len(prompt)
-    fed: IntArray = np.empty(0, dtype=np.int32)
-    for response in group:
-        previous, fed = fed, sequences.responses[response][:-1]
-        shared = _common_prefix(previous, fed)
-        if run and size + len(fed) - shared > capacity:
-            trees.append(_tree(sequences, prompt, run))
-            run, size, shared = [], len(prompt), 0
-        run.append((response, shared))
-        size += len(fed) - shared
-    trees.append(_tree(sequences, prompt, run))
+    run: list[tuple[_Fed, int]] = []
+    size = 0
+    for fed in family:
+        shared = _common_prefix(run[-1][0].ids, fed.ids) if run else 0
+        if run and size + len(fed.ids) - shared > capacity:
+            trees.append(_tree(run))
+            run, size, shared = [], 0, 0
+        run.append((fed, shared))
+        size += len(fed.ids) - shared
+    trees.append(_tree(run))
     return trees
 
 
-def _tree(sequences: Sequences, prompt: Int64Array, run: list[tuple[int, int]]) -> _Tree:
-    """The trie in depth-first order of `run`: sorted responses, each with the tokens it shares with the one before.
+def _tree(run: Sequence[tuple[_Fed, int]]) -> _Tree:
+    """The trie in depth-first order of `run`: sorted inputs, each with the tokens it shares with the one before.
 
     `path` holds the columns from the root to the current leaf; a column's subtree ends where the next
-    response leaves the path above it.
+    input leaves the path above it.
     """
-    most = len(prompt) + sum(len(sequences.responses[response]) for response, _ in run)
-    ids, depths, ends = np.zeros((3, most), dtype=np.int64)
-    columns = len(prompt)
-    ids[:columns], depths[:columns] = prompt, np.arange(columns)
-    path = np.arange(columns)
+    ids, depths, ends = np.zeros((3, sum(len(fed.ids) - shared for fed, shared in run)), dtype=np.int64)
+    columns = 0
+    path: Int64Array = np.empty(0, dtype=np.int64)
     predictors = []
-    for response, shared in run:
-        fed = sequences.responses[response][:-1]
-        depth, new = len(prompt) + shared, len(fed) - shared
-        ends[path[depth:]] = columns
-        path = np.concatenate([path[:depth], np.arange(columns, columns + new)])
-        ids[columns : columns + new] = fed[shared:]
-        depths[columns : columns + new] = np.arange(depth, depth + new)
-        columns += new
-        predictors.append(path[len(prompt) - 1 :])
+    for fed, shared in run:
+        stop = columns + len(fed.ids) - shared
+        ends[path[shared:]] = columns
+        path = np.concatenate([path[:shared], np.arange(columns, stop)])
+        ids[columns:stop] = fed.ids[shared:]
+        depths[columns:stop] = np.arange(shared, len(fed.ids))
+        columns = stop
+        predictors.append(path[fed.first :])
     ends[path] = columns
-    responses = tuple(response for response, _ in run)
-    return _Tree(ids[:columns], depths[:columns], ends[:columns], responses, tuple(predictors))
+    return _Tree(ids, depths, ends, tuple(fed.response for fed, _ in run), tuple(predictors))
 
 
-def _common_prefix(left: IntArray, right: IntArray) -> int:
+def _common_prefix(left: Int64Array, right: Int64Array) -> int:
     shorter = min(len(left), len(right))
     if not shorter:
         return 0

@@ -33,6 +33,8 @@ NOISY_STEPS = 100
 """Steps on partly wrong answers: too few to forget the right ones."""
 
 ROW_TOKENS = 64
+SEQUENCES_PER_ROW = 4
+"""At least, of the longest: what a task's questions have in common is computed once a row."""
 MICRO_BATCH_TOKENS = 4096
 
 Progress = Callable[[int, int, float], None]
@@ -106,6 +108,8 @@ def train_supervised(
     epoch visits the items in a new order drawn from `seed`.
     """
     questions, answers = data
+    longest = max(len(q) + len(a) for q, a in zip(questions, answers, strict=True))
+    row_tokens = max(ROW_TOKENS, SEQUENCES_PER_ROW * longest)
     optimizer = torch.optim.AdamW(
         policy.model.parameters(), lr=config.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True
     )
@@ -121,7 +125,7 @@ def train_supervised(
         )
         tokens = int(batch.offsets()[-1])
         loss = 0.0
-        for micro in pack(batch, row_tokens=ROW_TOKENS, micro_batch_tokens=MICRO_BATCH_TOKENS).micro_batches:
+        for micro in pack(batch, row_tokens=row_tokens, micro_batch_tokens=MICRO_BATCH_TOKENS).micro_batches:
             part = -policy.token_logprobs(micro, 1.0).logprobs.sum() / tokens
             torch.autograd.backward(part)
             loss += part.item()

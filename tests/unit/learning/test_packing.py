@@ -34,7 +34,10 @@ def visible_prefix(micro: Packed, place: int) -> tuple[list[int], list[int]]:
 @settings(max_examples=60, deadline=None)
 @given(drawn=groups, row_tokens=st.integers(1, 24), micro_batch_tokens=st.integers(1, 80))
 def test_every_token_is_predicted_from_exactly_its_own_prefix(drawn, row_tokens, micro_batch_tokens):
-    sequences = sequences_of(drawn)
+    require_own_prefixes(sequences_of(drawn), row_tokens, micro_batch_tokens)
+
+
+def require_own_prefixes(sequences: Sequences, row_tokens: int, micro_batch_tokens: int) -> None:
     offsets = sequences.offsets()
     packing = pack(sequences, row_tokens=row_tokens, micro_batch_tokens=micro_batch_tokens)
     seen: list[int] = []
@@ -86,6 +89,35 @@ def test_quickstart_lengths_fill_the_rows():
     packing = pack(sequences, row_tokens=64, micro_batch_tokens=8192)
     assert packing.fill >= 0.95
     assert packing.sharing >= 2.5, "prompts and first digits are computed once"
+
+
+def instructed(prompts: int, instruction: int = 20) -> Sequences:
+    """One response of two tokens to each prompt; prompts end in one token of their own."""
+    return Sequences(
+        prompts=[[*range(100, 100 + instruction), i] for i in range(prompts)],
+        responses=[np.asarray([7, 1], dtype=np.int32)] * prompts,
+        prompt_of=range(prompts),
+    )
+
+
+def test_an_instruction_that_prompts_share_is_computed_once_a_row():
+    one_row = pack(instructed(5), row_tokens=30, micro_batch_tokens=64)
+    assert one_row.fed_tokens == 20 + 5 * 2
+    two_rows = pack(instructed(6), row_tokens=30, micro_batch_tokens=64)
+    assert two_rows.fed_tokens == 2 * 20 + 6 * 2
+    assert two_rows.sharing == 6 * 23 / 52
+
+
+def test_prompts_with_little_in_common_are_packed_each_for_itself():
+    short = pack(instructed(4, instruction=15), row_tokens=64, micro_batch_tokens=64)
+    assert short.fed_tokens == 4 * (15 + 2)
+
+
+@settings(max_examples=60, deadline=None)
+@given(drawn=groups, row_tokens=st.integers(20, 60), instruction=st.integers(16, 20))
+def test_tokens_under_a_shared_instruction_are_predicted_from_exactly_their_own_prefix(drawn, row_tokens, instruction):
+    drawn = [([9] * instruction + prompt, responses) for prompt, responses in drawn]
+    require_own_prefixes(sequences_of(drawn), row_tokens, 80)
 
 
 def test_equal_responses_cost_one():
