@@ -35,7 +35,7 @@ class LearnerConfig(Section):
     micro_batch_tokens: Positive = 8192
     """Tokens of one forward/backward pass; the gradient does not depend on it."""
     row_tokens: Positive = 64
-    """Row length for sequence packing; grows to the longest sequence."""
+    """Row length for sequence packing; grows to the longest sequence. In a row a shared prefix is computed once."""
     gradient_checkpointing: Flag = False
     max_nonfinite_steps: Positive = 3
     """Stop after this many refused steps in a row."""
