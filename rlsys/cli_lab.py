@@ -23,6 +23,11 @@ if TYPE_CHECKING:
     from rlsys.lab.report import ClaimReport, Json
     from rlsys.lab.study import StudyResult, StudySettings
 
+NO_GRADIENT = (
+    "no gradient to compare, since in no group the rewards differ. Earlier checkpoints have one: checkpoint.every and "
+    "checkpoint.keep say how many a run leaves, audit.every compares while it trains"
+)
+
 app = typer.Typer(
     help="Bias, variance and claims, measured on policies small enough to enumerate; and a run's own gradients.",
     no_args_is_help=True,
@@ -183,6 +188,8 @@ def gradient(
         values = (r.cosine, r.cosine_floor, r.norm_ratio, r.kept)
         table.add_row(str(one.version), f"{one.staleness:.2f}", str(one.groups), *map(_three_digits, values))
     out.print(table)
+    if any(one.result.cosine is None for one in report.steps):
+        out.print(f"–: {NO_GRADIENT}")
     out.print(f"kept, all together: {_three_digits(report.kept)}; {report.samples} fresh samples a prompt, twice")
     out.print(f"wrote {report.plot}", markup=False)
 
