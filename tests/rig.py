@@ -48,6 +48,7 @@ class Rig:
     reopened: Sequence[Prompt] = ()
     eval_prompts: Sequence[Prompt] = ()
     first_id: int = 0
+    window: float | None = None
     served: set[str] = field(default_factory=set)
     """Workers that new versions were sent to when the run ended."""
 
@@ -82,6 +83,7 @@ class Rig:
             eval_prompts=self.eval_prompts,
             version=self.learner.version,
             reopened=self.reopened,
+            window=self.window,
         )
 
     def run(self, during: Callable[[TrainingLoop], Coroutine[Any, Any, None]] | None = None) -> TrainingLoop:

@@ -64,7 +64,8 @@ class RolloutActor:
         from rlsys.engines.vllm_engine import VllmEngine
         from rlsys.weights.transport import ObjectStoreTransport
 
-        engine = VllmEngine(path, config.model, config.rollout, seed=config.seed + number, version=version)
+        seed = int(np.random.SeedSequence((config.seed, number, version)).generate_state(1)[0])  # not the first run's
+        engine = VllmEngine(path, config.model, config.rollout, seed=seed, version=version)
         self._driver = EngineDriver(engine)
         if not on_gpu:
             leave_core_to(self._driver.thread, cores, config)

@@ -118,6 +118,7 @@ async def build(config: RunConfig, path: str, resume: Path | None) -> tuple[Trai
         eval_prompts=prompts.held_out,
         version=version,
         reopened=[prompts.source.prompt(epoch, index) for epoch, index in extra.get("open", [])],
+        window=extra.get("window"),
     )
     return loop, fleet, journal
 

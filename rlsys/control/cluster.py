@@ -91,6 +91,17 @@ def _offered(config: RunConfig) -> dict[str, float]:
     }
 
 
+def gpus(config: RunConfig) -> float:
+    """GPUs that a run asks for when it starts; the probe has as large a share as the reference."""
+    resources, scorers = config.resources, config.kl.reference + bool(config.probe.fraction)
+    shares = (
+        config.learner.ranks * resources.learner_gpus
+        + config.rollout.workers * resources.rollout_gpus
+        + scorers * resources.reference_gpus
+    )
+    return round(shares, 4)  # Ray counts in ten-thousandths
+
+
 def _require_room(config: RunConfig) -> None:
     """Raise ClusterError when the cluster is too small for what the run starts with.
 
@@ -101,14 +112,11 @@ def _require_room(config: RunConfig) -> None:
     if config.resources.roles:
         return
     have = ray.cluster_resources()
-    resources, workers, ranks = config.resources, config.rollout.workers, config.learner.ranks
-    need = {
-        "CPU": float(workers + ranks),
-        "GPU": ranks * resources.learner_gpus + resources.reference_gpus + workers * resources.rollout_gpus,
-    }
+    workers, ranks = config.rollout.workers, config.learner.ranks
+    need = {"CPU": float(workers + ranks), "GPU": gpus(config)}
     for kind, amount in need.items():
         if have.get(kind, 0.0) < amount:
             raise ClusterError(
                 f"the cluster has {have.get(kind, 0.0):g} {kind}, the run needs {amount:g} "
-                f"(rollout.workers={workers}, learner.ranks={ranks}); lower these or add nodes"
+                f"(rollout.workers={workers}, learner.ranks={ranks}, resources.*_gpus); lower these or add nodes"
             )

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from rlsys.config.schema import RunConfig
 from rlsys.control.auditing import Auditor
-from rlsys.control.ports import FinishedGroup, Parts, Payload, PayloadLost, ProbePort, Update
+from rlsys.control.ports import FinishedGroup, Parts, Payload, PayloadLost, ProbePort, Update, WorkerLost
 from rlsys.control.progress import Progress, StepClock, ask_fleet, ledger_metrics, sync_metrics, worker_metrics
 from rlsys.observability.alarms import Alarm, Alarms
 from rlsys.scheduling.ledger import Ledger, Slot
@@ -182,6 +182,10 @@ class History:
             return await probe.split(version, batch.groups, update.arrays)
         except PayloadLost as error:
             self._parts.journal.event("split_lost", f"version {version}: {error}")
+            return {}
+        except WorkerLost as error:
+            self._parts.journal.event("probe_lost", f"no more splits of the log-ratio: {error}")
+            self._parts.probe = None
             return {}
 
     async def _audit(self, auditor: Auditor, version: PolicyVersion, groups: Sequence[FinishedGroup]) -> None:

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from rlsys.config.load import dump_config
-from rlsys.config.schema import RunConfig
+from rlsys.config.schema import JsonlTask, RunConfig
+from rlsys.control.ports import WorkerLost
 from rlsys.control.preflight import check_config, load_prompts
 from rlsys.control.service import NAMESPACE, ControllerActor, Status
 from rlsys.control.transports import require_transport
@@ -55,8 +56,9 @@ def train(
 ) -> TrainResult:
     """Train to `learner.steps`; the same as `rlsys train`.
 
-    `on_status` sees the run about twice a second; `on_warmstart` sees (step, steps, loss) of the supervised
-    phase of a tiny model; `on_dashboard` gets the address when `observability.dashboard` is set.
+    With `resume` it goes on from the run's last checkpoint, from the beginning where the run ended before its first.
+    `on_status` sees the run about twice a second; `on_warmstart` sees (step, steps, loss) of the supervised phase of
+    a tiny model; `on_dashboard` gets the address when `observability.dashboard` is set.
     Ctrl-C finishes the current step, writes a checkpoint and returns.
     Raises `RlsysError`s: before anything starts for bad input, later for what stopped the run.
     """
@@ -65,21 +67,19 @@ def train(
 
     check_config(config)
     require_transport(config)
-    directory = RunDirectory(config.path.absolute())
-    config = config.model_copy(update={"run_dir": directory.root.parent})
-    checkpoint = _checkpoint_to_resume(directory, config) if resume else None
+    config = from_anywhere(config)
+    directory = RunDirectory(config.path)
+    _start_from(directory, config, resume)  # refused before the warm start, which may take minutes
     path = initial_model(config, on_warmstart)
     load_prompts(config, path)
-    if checkpoint is None:
-        directory.require_new()
     started = time.perf_counter()
     control = Control()
-    with cluster(config):
+    with directory.held(), cluster(config):
         require_free(config.name)
-        if checkpoint is None:
-            directory.create(dump_config(config))
-        else:
+        checkpoint = _start_from(directory, config, resume)
+        if resume:
             _rewind(directory, checkpoint)
+        directory.write_config(dump_config(config))
         with _dashboard(config, directory, control, on_dashboard):
             status = _run(config, path, checkpoint, control, on_status)
     from rlsys.observability.plots import plot_run
@@ -151,16 +151,36 @@ def evaluations(directory: RunDirectory) -> dict[PolicyVersion, float]:
     return {row["step"]: row["eval/accuracy"] for row in directory.rows() if "eval/accuracy" in row}
 
 
-def _checkpoint_to_resume(directory: RunDirectory, config: RunConfig) -> Path:
+def from_anywhere(config: RunConfig) -> RunConfig:
+    """The same with absolute paths: actors of a cluster that was there before work in another directory."""
+    update: dict[str, Any] = {"run_dir": config.run_dir.absolute()}
+    if isinstance(config.task, JsonlTask):
+        paths = {field: getattr(config.task, field) for field in ("path", "eval_path")}
+        absolute = {field: path.absolute() for field, path in paths.items() if path is not None}
+        update["task"] = config.task.model_copy(update=absolute)
+    return config.model_copy(update=update)
+
+
+def _start_from(directory: RunDirectory, config: RunConfig, resume: bool) -> Path | None:
+    """The checkpoint to resume from; None: from the beginning. Raises when the run cannot be started so."""
+    if not resume:
+        directory.require_new()
+        return None
     from rlsys.control.build import read_extra
     from rlsys.learning.checkpoint import latest
 
     checkpoint = latest(directory.root)
     if checkpoint is None:
-        again = "remove it, or choose another name (name=...), and" if directory.metrics.exists() else "so"
-        raise CheckpointError(
-            f"--resume: {directory.root} holds no complete checkpoint; {again} start without --resume"
-        )
+        if directory.has_checkpoints:
+            raise CheckpointError(
+                f"--resume: {directory.checkpoints} holds no complete checkpoint; remove what is there to start from "
+                "the beginning, or choose another name (name=...)"
+            )
+        if not directory.metrics.exists():
+            raise CheckpointError(
+                f"--resume: {directory.root} holds no run; look at name and run_dir, or start it without --resume"
+            )
+        return None
     version = int(read_extra(checkpoint)["version"])
     if version >= config.learner.steps:
         raise ConfigError(
@@ -169,10 +189,14 @@ def _checkpoint_to_resume(directory: RunDirectory, config: RunConfig) -> Path:
     return checkpoint
 
 
-def _rewind(directory: RunDirectory, checkpoint: Path) -> None:
-    """Forget what the run recorded after its checkpoint."""
+def _rewind(directory: RunDirectory, checkpoint: Path | None) -> None:
+    """Forget what the run recorded after its checkpoint, or all, where it ended before the first."""
     from rlsys.control.build import read_extra
 
+    if checkpoint is None:
+        log.warning("%s ended before its first checkpoint: starting from the beginning", directory.root)
+        directory.rewind(0, cursor=(0, 0))
+        return
     state = read_extra(checkpoint)
     version, extra = int(state["version"]), state["extra"]
     cursor = (extra["source"]["epoch"], extra["source"]["index"])
@@ -194,14 +218,18 @@ def _run(
     while True:
         try:
             done, _ = ray.wait([finished], timeout=POLL_S)
+            status: Status = unwrap(finished if done else controller.status.remote())
+            on_status(status)
             if done:
-                status: Status = unwrap(finished)
-                on_status(status)
                 return status
-            on_status(ray.get(controller.status.remote()))
+        except WorkerLost as error:
+            raise ClusterError(
+                f"run {config.name} was ended from outside, by `rlsys stop --now` or with its process; --resume goes "
+                f"on from its last checkpoint: {error}"
+            ) from error
         except KeyboardInterrupt:
             if stopping:
                 raise
             stopping = True
             log.warning("stopping after the current step; press Ctrl-C again to leave without a checkpoint")
-            ray.get(controller.stop.remote())
+            unwrap(controller.stop.remote())

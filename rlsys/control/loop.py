@@ -18,11 +18,11 @@ from typing import Any
 from rlsys.config.schema import RunConfig
 from rlsys.control.evaluation import evaluate, scored
 from rlsys.control.history import Batch, History
-from rlsys.control.ports import FinishedGroup, Parts, PayloadLost, RolloutPort, Update, WorkerLost
+from rlsys.control.ports import FinishedGroup, Parts, PayloadLost, RolloutPort, WorkerLost
 from rlsys.control.progress import Progress
 from rlsys.control.reconcile import Reconciler
 from rlsys.control.watch import collect_spans, watch
-from rlsys.errors import EngineError, PromptRefused, RewardError, StalenessViolation, first_failure
+from rlsys.errors import ClusterError, EngineError, PromptRefused, RewardError, StalenessViolation, first_failure
 from rlsys.records import Prompt
 from rlsys.scheduling.ledger import End, Ledger, Slot
 from rlsys.scheduling.routing import Router, Worker, groups_per_worker
@@ -52,6 +52,7 @@ class TrainingLoop:
         eval_prompts: Sequence[Prompt],
         version: PolicyVersion = 0,
         reopened: Sequence[Prompt] = (),
+        window: float | None = None,
     ) -> None:
         self.config = config
         self.parts = parts
@@ -87,7 +88,9 @@ class TrainingLoop:
             increase=staleness.ess.increase,
             decrease=staleness.ess.decrease,
             widest=float(staleness.max - staleness.lag),
+            start=window,
         )
+        self._fit_window(None)
 
     @property
     def version(self) -> PolicyVersion:
@@ -129,7 +132,10 @@ class TrainingLoop:
                 for task in self._spawned:
                     task.cancel()
         except* Exception as failures:
-            raise first_failure(failures) from None
+            failure = first_failure(failures)
+            if isinstance(failure, WorkerLost | PayloadLost):
+                failure = ClusterError(f"a part of the run died; --resume goes on from its last checkpoint: {failure}")
+            raise failure from None
 
     # -- the four loops ---------------------------------------------------------------------------------------------
 
@@ -193,7 +199,7 @@ class TrainingLoop:
                 self.progress.version = update.step.version
                 await self._publish(update.ticket)
                 self.ledger.commit((slot.id for slot in batch.slots), self.version)
-                self._fit_window(update)
+                self._fit_window(update.step.metrics.get("importance/ess_sequence"))
             else:
                 self._reject(batch)
             self._signal.notify()
@@ -308,11 +314,11 @@ class TrainingLoop:
                     self.parts.journal.event("sync_failed", f"{ack.worker}, version {ack.version}: {ack.error}")
             self._signal.notify()
 
-    def _fit_window(self, update: Update) -> None:
-        """`staleness.controller: ess`: admit as much age as the effective sample size allows."""
+    def _fit_window(self, ess: float | None) -> None:
+        """`staleness.controller: ess`: admit as much age as the effective sample size of the last step allows."""
         staleness, groups = self.config.staleness, self.config.rollout.prompts_per_step
         if staleness.controller == "ess":
-            size = self._window.after(update.step.metrics.get("importance/ess_sequence"))
+            size = self._window.after(ess)
             self.ledger.admit_up_to(self._window.slots(groups, staleness.window))
             self.progress.window = size + staleness.lag
 
@@ -352,7 +358,7 @@ class TrainingLoop:
             await self.checkpoint()
 
     async def checkpoint(self) -> None:
-        """Parameters, optimizer, RNG, the prompt cursor and every open prompt, together; once per version.
+        """Parameters, optimizer, the prompt cursor, every open prompt and the window, together; once per version.
 
         The history up to it is written first: a resumed run repeats no step, and so could not write it again.
         """
@@ -364,6 +370,7 @@ class TrainingLoop:
             "open": [[slot.prompt.epoch, slot.prompt.index] for slot in self.ledger.open]
             + [[prompt.epoch, prompt.index] for prompt in self._reopened],
             "next_slot": self.ledger.next_id,
+            "window": self._window.size,
         }
         directory = self.config.path / "checkpoints" / f"step-{self.version:06d}"
         await self.parts.learner.save(directory, extra)

@@ -1,12 +1,18 @@
 """The files of a run, `runs/<name>/`: everything needed to open, audit and recompute it later."""
 
+import fcntl
 import json
+import logging
+import time
 from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rlsys.errors import CheckpointError
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,23 +75,46 @@ class RunDirectory:
         """All of `metrics.jsonl`; a last line cut short by a crash is left out."""
         return list(read_jsonl(self.metrics))
 
+    @property
+    def has_checkpoints(self) -> bool:
+        """Whether it holds any, complete or not."""
+        return any(self.checkpoints.glob("step-*"))
+
     def require_new(self) -> None:
         """Raise `CheckpointError` when the directory already holds a run."""
-        if any(self.checkpoints.glob("step-*")):
+        if self.metrics.exists() or self.has_checkpoints:
             raise CheckpointError(
                 f"{self.root} already holds a run; continue it with --resume, or choose another name (name=...)"
-            )
-        if self.metrics.exists():
-            raise CheckpointError(
-                f"{self.root} already holds a run, which ended before its first checkpoint; remove that directory, or "
-                "choose another name (name=...)"
             )
 
     def create(self, config_yaml: str) -> None:
         """Make the directory of a new run. Raises `CheckpointError` when it already holds one."""
         self.require_new()
+        self.write_config(config_yaml)
+
+    def write_config(self, config_yaml: str) -> None:
+        """What the run is configured as from now on; what it was before stays as `config-1.yaml`, `config-2.yaml`, …"""
         self.root.mkdir(parents=True, exist_ok=True)
+        if self.config.exists() and self.config.read_text() != config_yaml:
+            before = len(list(self.root.glob("config-*.yaml"))) + 1
+            self.config.rename(self.root / f"config-{before}.yaml")
         self.config.write_text(config_yaml)
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """For one process at a time: raises `CheckpointError` while another one trains here."""
+        self.root.mkdir(parents=True, exist_ok=True)
+        with (self.root / ".lock").open("a") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise CheckpointError(
+                    f"{self.root}: another process is training there; wait for its end, or choose another name "
+                    "(name=...)"
+                ) from None
+            except OSError as error:
+                log.warning("%s: nothing keeps a second process from this run: no file locks (%s)", self.root, error)
+            yield
 
     def rewind(
         self,
@@ -107,9 +136,20 @@ class RunDirectory:
         _keep(self.metrics, lambda row: row["step"] <= version)
         _keep(self.ledger, ended)
         _keep(self.notes, lambda row: True)  # all but a line cut short, which the next one would continue
+        self._clear_alarms(version)
         for path in self.rollouts.glob("*-*.parquet"):
             if int(path.stem.split("-")[1]) > version:
                 path.unlink()
+
+    def _clear_alarms(self, version: int) -> None:
+        """End the alarms that stand: what goes on judges afresh, and raises again what persists."""
+        last = {row["alarm"]["name"]: row["alarm"] for row in read_jsonl(self.notes) if row["kind"] == "alarm"}
+        for name, alarm in last.items():
+            if alarm["state"] == "raised":
+                cleared = {**alarm, "state": "cleared", "step": version, "value": None}
+                row = {"time": time.time(), "kind": "alarm", "message": f"{name} cleared: the run was resumed"}
+                with self.notes.open("a") as file:
+                    file.write(json.dumps({**row, "alarm": cleared}) + "\n")
 
 
 def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:

@@ -4,12 +4,14 @@ Staleness costs effective samples. Fewer open prompts make younger data, and a l
 TCP finds the widest window that keeps a target: widen a little while all is well, halve when it is not.
 """
 
-from dataclasses import dataclass
+from dataclasses import InitVar, dataclass, field
 
 
 @dataclass(slots=True, kw_only=True)
 class AimdWindow:
     """S, the learner steps whose prompts may be open beside the current one; between 0 and `widest`.
+
+    It starts at `widest`, or at `start`, where a resumed run stood.
 
     >>> window = AimdWindow(target=0.7, increase=0.5, decrease=0.5, widest=4)
     >>> [window.after(ess) for ess in (0.9, 0.6, 0.6, 0.8, 0.8, None)]
@@ -20,10 +22,11 @@ class AimdWindow:
     increase: float
     decrease: float
     widest: float
-    size: float = -1.0
+    start: InitVar[float | None] = None
+    size: float = field(init=False)
 
-    def __post_init__(self) -> None:
-        self.size = self.widest if self.size < 0 else min(self.size, self.widest)
+    def __post_init__(self, start: float | None) -> None:
+        self.size = self.widest if start is None else min(start, self.widest)
 
     def after(self, ess: float | None) -> float:
         """S after a step whose effective sample size was `ess`; an unknown one changes nothing."""

@@ -58,7 +58,7 @@ def write_config(directory: Path, **sections: Mapping[str, Any] | str) -> None:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a command ended; `seen` are the names of its processes, `left` what was still there half a minute later.
+    """How a command ended; `seen` are the names of its processes, `left` what was still there a while later.
 
     `listened` are the addresses on which the parts of its Ray cluster listened.
     """
@@ -113,10 +113,10 @@ class Running:
         """Ctrl-C: the terminal sends it to the whole process group."""
         os.killpg(self.process.pid, signal.SIGINT)
 
-    def finish(self, within_s: float = PATIENCE_S) -> Outcome:
-        """Wait for the command to end by itself, and look for what it left behind."""
+    def finish(self, within_s: float = PATIENCE_S, linger_s: float = 30) -> Outcome:
+        """Wait for the command to end by itself, and look for what it left behind `linger_s` later."""
         code = self.process.wait(timeout=within_s)
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + linger_s
         while self._left() and time.monotonic() < deadline:
             time.sleep(0.2)
         seen = [name for _, name in self.pids.values()]

@@ -113,7 +113,7 @@ LOOKED_AT: dict[str, tuple[list[str], list[str]]] = {
         ["model.path=./model", "task={name: jsonl, path: long.jsonl, eval_size: 1}"],
         ["has 24 tokens; allowed: 1..12", "model.max_context=16", "rollout.max_new_tokens=4"],
     ),
-    "nothing to resume": (["--resume"], ["--resume", "holds no complete checkpoint"]),
+    "nothing to resume": (["--resume"], ["--resume", "holds no run", "name and run_dir"]),
 }
 
 ELSEWHERE: dict[str, tuple[list[str], list[str]]] = {

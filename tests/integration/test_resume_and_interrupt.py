@@ -8,7 +8,7 @@ import pytest
 
 from rlsys.config import load_config
 from rlsys.learning.optimizer import learning_rate
-from tests.integration.running import SMALL, Outcome, responses, rlsys, rows, running, steps, write_config
+from tests.integration.running import PATIENCE_S, SMALL, Outcome, responses, rlsys, rows, running, steps, write_config
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(1200)]
 
@@ -144,3 +144,46 @@ def test_two_interruptions_leave_at_once(tmp_path: Path) -> None:
     assert "Traceback" not in outcome.stderr
     assert outcome.left == []
     assert not list((run / "checkpoints").glob(".*")), "a partial checkpoint"
+
+
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Outcome, Outcome]:
+    """Where a run was killed before its first checkpoint, what a second process was told meanwhile, how it ended."""
+    home = tmp_path_factory.mktemp("killed")
+    write_config(home, learner={"steps": 1000}, eval={"every": 0}, checkpoint={"every": 0})
+    with running(home, "train", "run.yaml") as command:
+        command.until(lambda: len(steps(home / "runs" / "run")) >= 2)
+        second = rlsys(home, "train", "run.yaml", "--resume")
+        command.process.kill()
+        outcome = command.finish(linger_s=PATIENCE_S)  # Ray's agents notice after a minute that their node is gone
+    return home, second, outcome
+
+
+def test_a_run_that_goes_on_is_not_resumed_beside_itself(killed: tuple[Path, Outcome, Outcome]) -> None:
+    _, second, _ = killed
+    assert second.code == 1
+    assert "another process is training there" in second.stderr
+    assert "Traceback" not in second.stderr
+    assert not any("raylet" in name for name in second.seen)
+
+
+def test_a_killed_run_takes_its_cluster_along(killed: tuple[Path, Outcome, Outcome]) -> None:
+    _, _, outcome = killed
+    assert any("raylet" in name for name in outcome.seen)
+    assert outcome.left == []
+
+
+def test_a_run_killed_before_its_first_checkpoint_is_resumed_from_its_beginning(
+    killed: tuple[Path, Outcome, Outcome],
+) -> None:
+    home, _, _ = killed
+    run = home / "runs" / "run"
+    resumed = rlsys(home, "train", "run.yaml", "--resume", "learner.steps=4")
+    assert resumed.code == 0, resumed.stderr
+    assert "ended before its first checkpoint: starting from the beginning" in resumed.stderr
+    assert [row["step"] for row in steps(run)] == [1, 2, 3, 4]
+    assert [row["step"] for row in rows(run / "metrics.jsonl") if "eval/accuracy" in row] == [0, 4]
+    trained = [(row["epoch"], row["prompt"]) for row in rows(run / "ledger.jsonl") if row["end"] == "trained"]
+    assert len(trained) == len(set(trained)) == 4 * GROUPS
+    assert load_config(run / "config.yaml").learner.steps == 4
+    assert load_config(run / "config-1.yaml").learner.steps == 1000

@@ -6,10 +6,12 @@ from types import SimpleNamespace
 
 import pytest
 
-from rlsys.control.cluster import STARTS, cluster
+from rlsys.config import load_config
+from rlsys.control.cluster import STARTS, cluster, gpus
 from rlsys.errors import ClusterError
 from tests.fakes import make_config
 
+ROOT = Path(__file__).parents[3]
 SLOW = "The current node timed out during startup."
 
 
@@ -75,3 +77,10 @@ def test_a_cluster_without_room_is_refused_unless_an_autoscaler_may_bring_it(
     with pytest.raises(ClusterError, match=r"the cluster has 2 CPU, the run needs 4"):
         start(ray, monkeypatch, "rollout.workers=3")
     start(ray, monkeypatch, "rollout.workers=3", "resources.roles=true")
+
+
+def test_the_gpu_configuration_fits_the_one_gpu_that_it_is_for() -> None:
+    assert gpus(load_config(ROOT / "configs/gpu-qwen.yaml")) == 1.0
+    assert gpus(load_config(ROOT / "configs/gpu-qwen.yaml", ["probe.fraction=0"])) == 0.9
+    assert gpus(load_config(ROOT / "configs/cluster.yaml", ["learner.ranks=2"])) == 5.0
+    assert gpus(load_config(ROOT / "configs/quickstart.yaml")) == 0.0

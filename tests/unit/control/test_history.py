@@ -2,9 +2,11 @@
 
 import pytest
 
-from rlsys.control.ports import PayloadLost
-from tests.fakes import FakeLearner, FakeProbe, FakeRecorder, FakeRollout
-from tests.rig import Rig, rig
+from rlsys.control.loop import TrainingLoop
+from rlsys.control.ports import PayloadLost, WorkerLost
+from rlsys.errors import ClusterError
+from tests.fakes import FakeLearner, FakeProbe, FakeRecorder, FakeRollout, run
+from tests.rig import Rig, at, rig
 
 
 def rows(rig: Rig) -> dict[int, dict[str, float | None]]:
@@ -49,6 +51,23 @@ def test_a_batch_that_is_gone_before_it_was_written_down_costs_its_record_and_no
     assert [what for what, _ in r.journal.events].count("split_lost") == 4
     assert list(rows(r)) == [1, 2, 3, 4]
     assert not any("split/lag/mean" in row for row in rows(r).values())
+
+
+def test_a_probe_that_died_is_told_of_once_and_asked_no_more() -> None:
+    r = rig("learner.steps=4", probe=FakeProbe(error=WorkerLost("out of memory")))
+    r.run()
+    assert r.probe is not None
+    assert r.probe.probed == [0]
+    assert [what for what in r.journal.events if what[0] == "probe_lost"] == [
+        ("probe_lost", "no more splits of the log-ratio: out of memory")
+    ]
+    assert list(rows(r)) == [1, 2, 3, 4]
+
+
+def test_a_recorder_that_died_stops_the_run_and_says_how_to_go_on() -> None:
+    r = rig("learner.steps=4", recorder=FakeRecorder(fail={"step-000002": WorkerLost("out of memory")}))
+    with pytest.raises(ClusterError, match=r"a part of the run died; --resume goes on .*: out of memory"):
+        r.run()
 
 
 def test_a_recorder_that_fails_stops_the_run() -> None:
@@ -115,6 +134,23 @@ def test_a_low_ess_makes_the_data_younger_and_a_high_one_older_again_within_the_
     windows = [w for row in rows(r).values() if (w := row["staleness/window"]) is not None]
     assert min(windows) == pytest.approx(1, abs=0.01)
     assert windows[-1] == 4
+
+
+def test_a_resumed_run_admits_no_more_age_than_it_did_when_it_ended() -> None:
+    first = rig(*ESS, learner=FakeLearner(metrics=lambda version: {"importance/ess_sequence": 0.1}))
+    run(first.run().checkpoint())
+    (_, extra) = first.learner.saved[0]
+    assert extra["window"] == 3 / 2**6  # halved in each of six steps
+
+    for window, slots in ((extra["window"], 2), (None, 8)):
+        r = rig(*ESS, window=window, workers=[FakeRollout("a", tokens=lambda slot: 10**6)])
+
+        async def stop(loop: TrainingLoop) -> None:
+            await at(1.0)
+            assert len(loop.ledger.open) == slots  # noqa: B023
+            loop.stop()
+
+        r.run(stop)
 
 
 def test_without_the_controller_the_window_is_the_bound() -> None:

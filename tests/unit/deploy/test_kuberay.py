@@ -3,6 +3,8 @@
 import copy
 import os
 import re
+import subprocess
+import sys
 import tomllib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,6 +15,7 @@ import pytest
 import yaml
 
 from rlsys.config import load_config
+from rlsys.observability.run_directory import RunDirectory
 
 ROOT = Path(__file__).parents[3]
 DIRECTORY = ROOT / "deploy" / "kuberay"
@@ -289,10 +292,9 @@ def test_versions_are_the_ones_that_are_installed() -> None:
 def test_the_entrypoint_is_a_run_that_fits_the_groups(name: str) -> None:
     spec = MANIFESTS[name]["spec"]
     command, resume = spec["entrypoint"].split(" $(")
-    assert command.startswith("cd /rlsys && rlsys train ")
-    path, *overrides = command.removeprefix("cd /rlsys && rlsys train ").split()
+    path, *overrides = command.removeprefix("bash -c 'cd /rlsys && exec rlsys train ").split()
     config = load_config(ROOT / path, overrides)
-    assert f"{config.path}/checkpoints/step-*" in resume
+    assert str(RunDirectory(config.path).metrics) in resume
     assert config.resources.address == "auto"
     assert config.resources.roles
     found = dict(groups(spec["rayClusterSpec"]))
@@ -303,6 +305,30 @@ def test_the_entrypoint_is_a_run_that_fits_the_groups(name: str) -> None:
     assert config.resources.learner_gpus + 2 * config.resources.reference_gpus <= gpus
     mounts = found["head"]["template"]["spec"]["containers"][0]["volumeMounts"]
     assert str(config.run_dir) in {mount["mountPath"] for mount in mounts}
+
+
+@pytest.mark.parametrize("name", ["rayjob", "rayjob-kueue"])
+def test_the_entrypoint_reaches_the_head_whole_and_resumes_what_is_there(name: str, tmp_path: Path) -> None:
+    """KubeRay's shell hands its words to `ray job submit`, which joins them for a shell on the head."""
+    for path in ("rlsys", "runs/cluster", "bin"):
+        (tmp_path / path).mkdir(parents=True)
+    (tmp_path / "bin" / "rlsys").write_text('#!/bin/sh\necho "in $PWD: $@"\n')
+    (tmp_path / "bin" / "rlsys").chmod(0o755)
+    entrypoint = MANIFESTS[name]["spec"]["entrypoint"]
+    for path in ("/rlsys", "/runs"):
+        entrypoint = entrypoint.replace(path, f"{tmp_path}{path}")
+    submit = f"{sys.executable} -c 'import subprocess, sys; print(subprocess.list2cmdline(sys.argv[1:]))'"
+    environment = {"PATH": f"{tmp_path}/bin:/usr/bin:/bin"}
+
+    def shell(command: str) -> str:
+        return subprocess.check_output(["bash", "-c", command], env=environment, text=True)
+
+    on_head = shell(f"if true ; then {submit} -- {entrypoint} ; fi ;").removeprefix("-- ")
+    first = shell(on_head).strip()
+    (tmp_path / "runs/cluster/metrics.jsonl").touch()
+    again = shell(shell(f"{submit} {entrypoint} ;")).strip()
+    assert first.startswith(f"in {tmp_path}/rlsys: train configs/cluster.yaml resources.address=auto")
+    assert again == f"{first} --resume"
 
 
 def test_what_the_cluster_refers_to_is_there() -> None:

@@ -9,7 +9,9 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
+from rlsys.dashboard.run import standing
 from rlsys.errors import CheckpointError
+from rlsys.observability.alarms import Alarms
 from rlsys.observability.rollouts import read_rollouts, write_rollouts
 from rlsys.observability.run_directory import RunDirectory, read_jsonl
 from rlsys.observability.sinks import JsonLines, RunJournal, TensorBoard
@@ -105,11 +107,16 @@ def test_a_directory_that_holds_a_run_is_not_used_for_another(tmp_path: Path) ->
     assert directory.config.read_text() == "name: run\n"
     directory.create("name: run\n")  # nothing was recorded yet
     open_journal(directory).close()
-    with pytest.raises(CheckpointError, match="before its first checkpoint; remove that directory, or choose another"):
-        directory.create("name: run\n")
-    (directory.checkpoints / "step-000001").mkdir(parents=True)
     with pytest.raises(CheckpointError, match="continue it with --resume, or choose another name"):
         directory.create("name: run\n")
+
+
+def test_a_configuration_that_changes_leaves_the_earlier_one_beside_it(tmp_path: Path) -> None:
+    directory = RunDirectory(tmp_path / "run")
+    for config in ("steps: 1\n", "steps: 1\n", "steps: 2\n", "steps: 3\n"):
+        directory.write_config(config)
+    texts = {path.name: path.read_text() for path in directory.root.glob("config*.yaml")}
+    assert texts == {"config.yaml": "steps: 3\n", "config-1.yaml": "steps: 1\n", "config-2.yaml": "steps: 2\n"}
 
 
 def recorded(directory: RunDirectory) -> None:
@@ -172,6 +179,18 @@ def test_rewinding_twice_is_rewinding_once_and_lines_cut_short_are_gone(tmp_path
     journal.close()
     assert [row["message"] for row in read_jsonl(directory.notes)] == ["kept", "resumed"]
     assert [row["step"] for row in directory.rows()] == [0, 1, 2, 3]
+
+
+def test_rewinding_clears_the_alarms_that_stand_and_only_those(tmp_path: Path) -> None:
+    directory = RunDirectory(tmp_path)
+    journal, alarms = open_journal(directory), Alarms(make_config(tmp_path))
+    for alarm in [*alarms.refused(1), *alarms.applied(2), *alarms.refused(4), *alarms.idle(4, {"learner": 1e9})]:
+        journal.alarm(alarm)
+    journal.close()
+    assert [alarm["name"] for alarm in standing(list(read_jsonl(directory.notes)))] == ["not_finite", "stalled_learner"]
+    directory.rewind(3)
+    assert standing(list(read_jsonl(directory.notes))) == []
+    assert [row["alarm"]["step"] for row in read_jsonl(directory.notes)] == [1, 2, 4, 4, 3, 3]
 
 
 def test_rewinding_a_run_without_records_is_harmless(tmp_path: Path) -> None:

@@ -8,8 +8,8 @@ from rlsys.scheduling.window import AimdWindow
 ess = st.one_of(st.none(), st.floats(0, 1))
 
 
-def make(size: float = -1.0, widest: float = 4.0) -> AimdWindow:
-    return AimdWindow(target=0.7, increase=0.25, decrease=0.5, widest=widest, size=size)
+def make(start: float | None = None, widest: float = 4.0) -> AimdWindow:
+    return AimdWindow(target=0.7, increase=0.25, decrease=0.5, widest=widest, start=start)
 
 
 @given(st.lists(ess, max_size=50), st.floats(0, 16), st.integers(1, 8), st.integers(1, 64))
@@ -28,12 +28,12 @@ def test_it_starts_at_its_widest_and_halves_below_the_target_and_grows_by_a_litt
 
 
 def test_what_is_unknown_changes_nothing() -> None:
-    w = make(size=1.5)
+    w = make(start=1.5)
     assert w.after(None) == 1.5
 
 
 def test_slots_are_those_of_the_bound() -> None:
-    assert make(size=3.0).slots(64) == 256
-    assert make(size=3.0).slots(64, window=8) == 249
-    assert make(size=0.0).slots(64, window=8) == 64
-    assert make(size=0.5).slots(64) == 96
+    assert make(start=3.0).slots(64) == 256
+    assert make(start=3.0).slots(64, window=8) == 249
+    assert make(start=0.0).slots(64, window=8) == 64
+    assert make(start=0.5).slots(64) == 96
