@@ -268,13 +268,14 @@ class ResourcesConfig(Section):
     """Of each rank."""
     rollout_gpus: NonNegativeFloat = 0.0
     reference_gpus: NonNegativeFloat = 0.0
+    """Of the reference, and as much again of the probe."""
     learner_threads: Positive = 1
     """Of each rank."""
     object_store_gib: PositiveFloat = 1.0
     """Shared memory of a cluster started here; a few versions and batches must fit."""
     roles: Flag = False
-    """Demand one unit of the custom Ray resources `rollout`, `learner`, `reward` per actor, so each lands on nodes
-    that offer it and the autoscaler adds nodes."""
+    """Rollout workers, learner ranks and reward workers each demand one unit of the custom Ray resource of that name,
+    so that each lands on nodes that offer it and the autoscaler adds nodes. Reference and probe go where a GPU is."""
 
 
 class RunConfig(Section):
