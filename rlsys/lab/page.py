@@ -9,7 +9,7 @@ The template is Markdown with `{{name argument …}}` in it:
     {{table cosine none tis}}        a table of a measure for some corrections
     {{sizes 16 aipo/tis gspo/none}}  a table of batch_cosine at an age, for each number of responses
     {{percent 5 5}}                  what a claim measured in one of its checks; {{note 3 0}}: a note of it
-    {{distances}} {{settings}} {{claims}}
+    {{distances}} {{settings}} {{claims}} {{sources}}
 """
 
 import re
@@ -18,6 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from rlsys.errors import DataError
+from rlsys.lab.claims.outcome import SOURCES
 from rlsys.lab.report import (
     ClaimReport,
     claims_from_json,
@@ -78,6 +79,7 @@ def render(text: str, study: StudyResult, aimless: StudyResult, claims: list[Cla
         "percent": lambda number, place: f"{numbered[int(number)].checks[int(place)].measured.value:.1%}",
         "note": lambda number, place: numbered[int(number)].notes[int(place)],
         "claims": lambda: claims_table(claims),
+        "sources": lambda: SOURCES,
     }
 
     def fill(match: re.Match[str]) -> str:

@@ -15,7 +15,7 @@ from typing import Any
 
 from rlsys.errors import DataError
 from rlsys.lab import plots
-from rlsys.lab.claims.outcome import Check, Claim
+from rlsys.lab.claims.outcome import SOURCES, Check, Claim
 from rlsys.lab.estimate import Estimate
 from rlsys.lab.study import DISTANCES, MEASURES, StudyResult, StudyRow, StudySettings
 
@@ -170,7 +170,7 @@ def claims_to_markdown(reports: Sequence[ClaimReport]) -> str:
             own = (str(report.number), report.statement, report.source) if i == 0 else ("", "", "")
             passed = "pass" if check.passed else "**FAIL**"
             rows.append((*own, check.quantity, check.predicted, shown(check.measured), passed))
-    return table(("#", "claim", "source", "measured quantity", "predicted", "measured", ""), rows)
+    return SOURCES + "\n\n" + table(("#", "claim", "source", "measured quantity", "predicted", "measured", ""), rows)
 
 
 def study_to_markdown(result: StudyResult) -> str:

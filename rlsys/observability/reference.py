@@ -37,7 +37,8 @@ def page() -> str:
 
 def _row(metric: Metric) -> str:
     marks = ("✓" if flag else "" for flag in (metric.by_staleness, metric.by_sign, metric.additive))
-    return f"| `{metric.name}` | {metric.unit} | {metric.meaning} | " + " | ".join(marks) + " |"
+    meaning = metric.meaning.replace("|", r"\|")  # a bare one would end the cell
+    return f"| `{metric.name}` | {metric.unit} | {meaning} | " + " | ".join(marks) + " |"
 
 
 if __name__ == "__main__":

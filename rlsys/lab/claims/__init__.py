@@ -1,8 +1,4 @@
-"""The claims of the papers on RL for language models, each reproduced: predicted, measured, drawn.
-
-Sources: A, *RL on Language under Single-step Settings*; B, *Sequence-level vs. Token-level Importance Sampling in RL
-for LLMs*; C, *Post-Training is a Contextual Bandit*; D, *When RL Meets LLM*.
-"""
+"""The claims of the papers on RL for language models, each reproduced: predicted, measured, drawn."""
 
 from rlsys.lab.claims.allocation import gvm_allocation, log_allocation
 from rlsys.lab.claims.compounding import compounding_errors

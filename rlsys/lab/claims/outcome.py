@@ -45,6 +45,12 @@ class Claim:
     measure: Callable[[int], Outcome]
 
 
+SOURCES = (
+    "Sources: A, *RL on Language under Single-step Settings*; B, *Sequence-level vs. Token-level Importance "
+    "Sampling in RL for LLMs*; C, *Post-Training is a Contextual Bandit*; D, *When RL Meets LLM*."
+)
+"""What the letters in `Claim.source` stand for, as Markdown."""
+
 Measured = float | Estimate | Iterable[float]
 """What a check looks at. Of several exact numbers the worst counts, and NaN is worst of all."""
 
