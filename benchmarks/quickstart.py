@@ -1,6 +1,6 @@
-"""Does the quickstart learn, every time? Seeds, strictly synchronous, and with two rollout workers.
+"""Does the quickstart learn, every time? Strictly synchronous, with two rollout workers, with an untied head.
 
-    python -m benchmarks.quickstart [--seeds 0 1 2]
+    python -m benchmarks.quickstart [--seeds 0 1 2] [--variants default ...]
 
 Each variant is `rlsys train configs/quickstart.yaml`; runs that are already kept are not repeated, so the
 command continues where it was interrupted.
@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -41,20 +42,23 @@ def main() -> None:
             key = f"{variant}, seed {seed}"
             if key not in runs:
                 runs[key] = run(arguments.config, [*VARIANTS[variant], f"seed={seed}"])
-                keep(
-                    arguments.name,
-                    f"python -m benchmarks.quickstart --name {arguments.name} --config {arguments.config}",
-                    {"runs": runs},
-                )
+                keep(arguments.name, command(arguments.name, arguments.config, runs), {"runs": runs})
             say(f"{key:<28} {runs[key]}")
+
+
+def command(name: str, config: str, runs: Mapping[str, Any]) -> str:
+    """The command that gives these runs."""
+    variants = [variant for variant in VARIANTS if any(key.startswith(f"{variant}, ") for key in runs)]
+    chosen = f" --variants {' '.join(variants)}" if variants != list(VARIANTS) else ""
+    return f"python -m benchmarks.quickstart --name {name} --config {config}{chosen}"
 
 
 def run(config: str, overrides: list[str]) -> dict[str, Any]:
     """One run by the command line; what it came to, read from its own files."""
     scratch = Path(tempfile.mkdtemp())
     start = time.perf_counter()
-    command = [sys.executable, "-m", "rlsys.cli", "train", config, "--json", f"run_dir={scratch}", *overrides]
-    output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+    train = [sys.executable, "-m", "rlsys.cli", "train", config, "--json", f"run_dir={scratch}", *overrides]
+    output = subprocess.run(train, check=True, stdout=subprocess.PIPE, text=True).stdout
     wall = time.perf_counter() - start
     result = json.loads(output)
     rows = [json.loads(line) for line in (Path(result["directory"]) / "metrics.jsonl").read_text().splitlines()]
