@@ -13,12 +13,19 @@ from typing import Any
 BASELINES = Path(__file__).parent / "baselines"
 
 
-def interleave(measurements: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
-    """Call every measurement once a round, after one round that does not count."""
+def interleave(
+    measurements: Mapping[str, Callable[[], float]], rounds: int, *, rotate: bool = False
+) -> dict[str, list[float]]:
+    """Call every measurement once a round, after one round that does not count.
+
+    `rotate`: each round begins with another one, so that none gains by its place.
+    """
     samples: dict[str, list[float]] = {name: [] for name in measurements}
     for round_ in range(rounds + 1):
-        for name, measure in measurements.items():
-            value = measure()
+        first = round_ % len(measurements) if rotate else 0
+        order = [*measurements][first:] + [*measurements][:first]
+        for name in order:
+            value = measurements[name]()
             if round_:
                 samples[name].append(value)
         say(f"round {round_}/{rounds}  " + "  ".join(f"{n} {v[-1]:.4g}" for n, v in samples.items() if v))

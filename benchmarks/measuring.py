@@ -34,7 +34,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     rounds = parser.parse_args().rounds
     with Workers(load_config(CONFIG, COMMON)) as workers:
-        samples = interleave({kind: partial(step_s, workers, overrides) for kind, overrides in KINDS.items()}, rounds)
+        runs = {kind: partial(step_s, workers, overrides) for kind, overrides in KINDS.items()}
+        samples = interleave(runs, rounds, rotate=True)
     found = {
         "metrics_over_off": ratios(samples["metrics"], samples["off"]),
         "probe_over_off": ratios(samples["probe"], samples["off"]),
