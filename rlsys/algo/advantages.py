@@ -9,7 +9,6 @@ from torch import Tensor
 from rlsys.algo.batch import resolve_options
 from rlsys.algo.importance import segment_sum
 
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AdvantageOutput:
     """advantages [G], and how many of the groups had equal rewards throughout (nothing to compare)."""
@@ -25,25 +24,30 @@ def compute_advantages(
     group_index: Tensor,
     *,
     pass_rate: Tensor | None = None,
+    kl_rewards: Tensor | None = None,
     **options: float,
 ) -> AdvantageOutput:
     """One advantage per response.
 
     rewards: [G] float. group_index: [G] int64, equal for responses to one prompt; any labels, any order.
     pass_rate: [G] or None, mean reward of the response's prompt measured elsewhere: over all samples
-    drawn (`reinforce_ada`) or from the probe (`accepted`); other names ignore it. options: as in
-    ADVANTAGE_OPTIONS. Raises ConfigError on an unknown name or option, ValueError on shapes.
+    drawn (`reinforce_ada`) or from the probe (`accepted`); other names ignore it. kl_rewards: [G] or None,
+    added to the rewards before they are compared; what has equal rewards is counted without it. options: as
+    in ADVANTAGE_OPTIONS. Raises ConfigError on an unknown name or option, ValueError on shapes.
     """
     chosen = resolve_options("advantage.name", ADVANTAGE_OPTIONS, name, options)
-    for label, values in (("group_index", group_index), ("pass_rate", pass_rate)):
-        if rewards.dim() != 1 or (values is not None and values.shape != rewards.shape):
-            raise ValueError(f"{label} and rewards: expected one [G], got rewards {tuple(rewards.shape)}")
+    if rewards.dim() != 1:
+        raise ValueError(f"rewards: expected [G], got {tuple(rewards.shape)}")
+    for label, values in (("group_index", group_index), ("pass_rate", pass_rate), ("kl_rewards", kl_rewards)):
+        if values is not None and values.shape != rewards.shape:
+            raise ValueError(f"{label}: expected {tuple(rewards.shape)} like rewards, got {tuple(values.shape)}")
     _, group = torch.unique(group_index, return_inverse=True)
     exact = rewards.detach().double()
+    compared = exact if kl_rewards is None else exact + kl_rewards.detach().double()
     rate = None if pass_rate is None else pass_rate.detach().double()
     varied = _varied(exact, group)
     return AdvantageOutput(
-        advantages=ADVANTAGES[name](exact, group, rate, **chosen).to(rewards.dtype),
+        advantages=ADVANTAGES[name](compared, group, rate, **chosen).to(rewards.dtype),
         zero_variance_groups=int((~varied).sum()),
         groups=len(varied),
     )

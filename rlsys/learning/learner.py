@@ -216,11 +216,11 @@ class Learner:
 
     def _advantages(self, batch: FlatBatch, start: Tensor | None) -> AdvantageOutput:
         """One advantage per response, [G], from rewards with the KL term where it is placed there."""
-        rewards = batch.rewards
+        divergence = None
         if self._kl.placement == "reward" and self._kl_coef > 0:
             assert start is not None
             assert batch.reference_logprobs is not None
-            rewards = rewards + kl_rewards(
+            divergence = kl_rewards(
                 start.cpu(),
                 batch.reference_logprobs,
                 batch.loss_mask,
@@ -228,7 +228,8 @@ class Learner:
                 batch.responses,
                 self._kl_coef,
             )
-        return compute_advantages(advantage_name(self._objective, self._advantage), rewards, batch.group_index)
+        name = advantage_name(self._objective, self._advantage)
+        return compute_advantages(name, batch.rewards, batch.group_index, kl_rewards=divergence)
 
     def _train(
         self, batch: FlatBatch, minis: Sequence[MiniBatch], start: Tensor | None, advantages: Tensor, lr: float

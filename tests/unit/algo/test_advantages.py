@@ -46,6 +46,15 @@ def test_batch_whiten_standardises_over_all_responses() -> None:
     assert out.zero_variance_groups == 2
 
 
+def test_a_kl_term_takes_part_in_the_comparison_and_hides_no_group_without_signal() -> None:
+    """Rewards 1, 1 with KL terms −.25, −.75: advantages ±1/4, and still nothing that the task told apart."""
+    out = compute_advantages(
+        "group_mean", torch.ones(2), torch.zeros(2).long(), kl_rewards=torch.tensor([-0.25, -0.75])
+    )
+    assert out.advantages.tolist() == [0.25, -0.25]
+    assert (out.zero_variance_groups, out.groups) == (1, 1)
+
+
 def test_equal_rewards_give_exactly_zero_not_rounding_dust_over_epsilon() -> None:
     rewards = torch.full((10,), 0.1, dtype=torch.float64)
     assert rewards.cumsum(0)[-1] != 1.0  # the dust
@@ -136,6 +145,10 @@ def test_mistakes_are_refused_by_name() -> None:
         compute_advantages("ppo", REWARDS, GROUP)
     with pytest.raises(ConfigError, match="no option eps"):
         compute_advantages("rloo", REWARDS, GROUP, eps=1.0)
-    with pytest.raises(ValueError, match="group_index"):
+    with pytest.raises(ValueError, match=r"group_index: expected \(6,\) like rewards, got \(2,\)"):
         compute_advantages("rloo", REWARDS, GROUP[:2])
+    with pytest.raises(ValueError, match=r"pass_rate: expected \(6,\) like rewards, got \(1,\)"):
+        compute_advantages("accepted", REWARDS, GROUP, pass_rate=REWARDS[:1])
+    with pytest.raises(ValueError, match=r"rewards: expected \[G\], got \(2, 3\)"):
+        compute_advantages("rloo", REWARDS.view(2, 3), GROUP)
     assert ADVANTAGES.keys() == ADVANTAGE_OPTIONS.keys()

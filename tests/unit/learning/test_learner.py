@@ -228,6 +228,15 @@ def test_kl_in_the_reward_shifts_the_advantages_by_the_sequence_kl(make_learner)
     assert np.array_equal(arrays.reference_logprobs, np.concatenate(reference))
 
 
+def test_kl_in_the_reward_hides_no_group_without_signal(make_learner):
+    group = make_batch(7, groups=1)[0].group
+    batch = [make_group(group.prompt.token_ids, group.rollouts, [1.0] * 4)]
+    reference = [np.full(len(r.response_ids), -1.7, np.float32) for r in group.rollouts]
+    update = make_learner(kl={"coef": 0.5, "placement": "reward"}).update(batch, reference)
+    assert np.abs(update.arrays.advantages).max() > 0.1, "the KL term tells the responses apart"
+    assert update.step.metrics["advantage/zero_variance_fraction"] == 1.0
+
+
 def test_the_scorer_agrees_with_the_policy_it_was_made_from(make_learner, tiny):
     batch = make_batch(8)
     scores = scored(batch, tiny)
