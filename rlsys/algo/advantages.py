@@ -9,6 +9,10 @@ from torch import Tensor
 from rlsys.algo.batch import resolve_options
 from rlsys.algo.importance import segment_sum
 
+PASSED = 1.0 - 1e-6
+"""Rewards from here on count as a pass."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AdvantageOutput:
     """advantages [G], and how many of the groups had equal rewards throughout (nothing to compare)."""
@@ -88,12 +92,12 @@ def reinforce_ada(rewards: Tensor, group: Tensor, pass_rate: Tensor | None, *, s
 
 
 def accepted(rewards: Tensor, group: Tensor, pass_rate: Tensor | None, *, threshold: float) -> Tensor:
-    """1 where r > threshold, else 0: the acceptance of RAFT; 1/(n_i p_i) where a `pass_rate` p_i is given.
+    """1 where r ≥ threshold, else 0: the acceptance of RAFT; 1/(n_i p_i) where a `pass_rate` p_i is given.
 
     n_i is the group's size. p_i must come from the probe: from the same draws 1/(n_i p̂_i) is biased.
     A prompt with p_i = 0 gets 0.
     """
-    chosen = (rewards > threshold).double()
+    chosen = (rewards >= threshold).double()
     if pass_rate is None:
         return chosen
     return (chosen / (_group_size(group) * pass_rate)).masked_fill(pass_rate == 0, 0.0)
@@ -118,7 +122,7 @@ ADVANTAGE_OPTIONS: dict[str, dict[str, float]] = {
     "rloo": {},
     "batch_whiten": {"eps": 1e-6},
     "reinforce_ada": {"scale": 0.0, "eps": 1e-6},
-    "accepted": {"threshold": 0.0},
+    "accepted": {"threshold": PASSED},
 }
 """Option names of each advantage with their defaults."""
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from rlsys.algo.advantages import AdvantageOutput
+from rlsys.algo.advantages import PASSED, AdvantageOutput
 from rlsys.algo.diagnostics import flag_fractions, weight_diagnostics
 from rlsys.algo.importance import segment_sum
 from rlsys.algo.staleness import Staleness
@@ -15,9 +15,6 @@ from rlsys.learning.batch import FlatBatch
 from rlsys.learning.ranks import Ranks
 
 Metrics = dict[str, float | None]
-
-PASSED = 1.0 - 1e-6
-"""Rewards from here on count as a pass."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

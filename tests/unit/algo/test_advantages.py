@@ -29,8 +29,8 @@ SIGMA = math.sqrt((THIRD**2 * 2 + (2 * THIRD) ** 2) / 2)
         ("grpo", {"eps": 0.5}, [THIRD / (SIGMA + 0.5), 0, -2 * THIRD / (SIGMA + 0.5), 0, 0, THIRD / (SIGMA + 0.5)]),
         ("rloo", {}, [0.5, 0, -1, 0, 0, 0.5]),
         ("reinforce_ada", {}, [THIRD, 0, -2 * THIRD, 0, 0, THIRD]),
-        ("accepted", {}, [1, 1, 0, 1, 1, 1]),
-        ("accepted", {"threshold": 0.5}, [1, 1, 0, 0, 1, 1]),
+        ("accepted", {}, [1, 1, 0, 0, 1, 1]),
+        ("accepted", {"threshold": 0.5}, [1, 1, 0, 1, 1, 1]),
     ],
 )
 def test_advantage_equals_the_hand_computed(name, options, expected) -> None:

@@ -322,9 +322,12 @@ def test_masked_tokens_are_counted_and_recorded(make_learner):
 
 
 def test_raft_weights_accepted_responses_by_one_and_others_by_none(make_learner):
-    arrays = make_learner(objective={"name": "raft"}).update(make_batch(11)).arrays
-    rewards = np.concatenate([g.score.rewards for g in make_batch(11)])
-    assert np.array_equal(arrays.advantages, (rewards > 0).astype(np.float32))
+    """Accepted is what passes: part of the reward is not enough."""
+    rewards = [1.0, 0.0, 0.05, 1.5]
+    batch = [make_group(g.group.prompt.token_ids, g.group.rollouts, rewards, i) for i, g in enumerate(make_batch(11))]
+    update = make_learner(objective={"name": "raft"}).update(batch)
+    assert update.arrays.advantages.tolist() == [1.0, 0.0, 0.0, 1.0] * 6
+    assert update.step.metrics["reward/pass_rate"] == update.arrays.advantages.mean() == 0.5
 
 
 def test_clip_options_reach_the_objective(make_learner):
