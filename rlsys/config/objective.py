@@ -120,6 +120,13 @@ class AdvantageConfig(Section):
     name: Literal["group_mean", "grpo", "rloo", "batch_whiten", "reinforce_ada"] = "grpo"
 
 
+KL_SCHEDULE_FIELDS: dict[str, frozenset[str]] = {
+    "fixed": frozenset(),
+    "linear": frozenset({"final_coef"}),
+    "adaptive": frozenset({"target", "horizon"}),
+}
+
+
 class KLConfig(Section):
     """KL to the frozen reference policy."""
 
@@ -139,13 +146,18 @@ class KLConfig(Section):
     reference: Flag = True
     """Run the reference actor even when coef is 0, so that the KL is reported."""
 
+    @property
+    def acts(self) -> bool:
+        """Whether β is above 0 at some step."""
+        return self.coef > 0 or (self.schedule == "linear" and self.final_coef > 0)
+
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        if self.coef > 0 and not self.reference:
-            raise refusal(
-                "reference", False, f"must be true with coef={self.coef}: a KL term needs the reference actor"
-            )
-        if self.coef > 0 and self.placement == "loss" and self.estimator == "k1":
+        refuse_unused(self, self.schedule, KL_SCHEDULE_FIELDS[self.schedule], {"final_coef", "target", "horizon"})
+        if self.acts and not self.reference:
+            positive = f"coef={self.coef}" if self.coef > 0 else f"final_coef={self.final_coef}"
+            raise refusal("reference", False, f"must be true with {positive}: a KL term needs the reference actor")
+        if self.acts and self.placement == "loss" and self.estimator == "k1":
             raise refusal(
                 "estimator",
                 "k1",

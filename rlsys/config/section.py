@@ -33,8 +33,9 @@ def refusal(field: str, value: object, allowed: str) -> PydanticCustomError:
 
 
 def refuse_unused(section: Section, name: str, allowed: frozenset[str], options: set[str]) -> None:
-    """Refuse an option that is set although the variant `name` does not take it: it would silently do nothing."""
-    unused = sorted(o for o in options - allowed if getattr(section, o) is not None)
+    """Refuse an option off its default although the variant `name` does not take it: it would silently do nothing."""
+    fields = type(section).model_fields
+    unused = sorted(o for o in options - allowed if getattr(section, o) != fields[o].default)
     if unused:
         also = f" ({' and '.join(unused[1:])} neither)" if unused[1:] else ""
         takes = ", ".join(sorted(allowed)) or "no options"

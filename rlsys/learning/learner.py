@@ -274,8 +274,7 @@ class Learner:
         self._refused = 0
         self._version += 1
         kl = metrics["kl/sequence_mean"]
-        if self._kl_coef > 0 and kl is not None:
-            self._kl_coef = next_kl_coef(self._kl, self._kl_coef, self._version, self._config.steps, kl, responses)
+        self._kl_coef = next_kl_coef(self._kl, self._kl_coef, self._version, self._config.steps, kl, responses)
         return True
 
 
@@ -285,15 +284,20 @@ def advantage_name(objective: ObjectiveConfig, advantage: AdvantageConfig) -> st
 
 
 def next_kl_coef(
-    kl: KLConfig, coef: float, version: PolicyVersion, steps: int, sequence_kl: float, responses: int
+    kl: KLConfig, coef: float, version: PolicyVersion, steps: int, sequence_kl: float | None, responses: int
 ) -> float:
-    """β for the batch after `version`. `adaptive` gains K = min(1, responses/horizon) per batch (Ziegler 2019)."""
+    """β for the batch after `version`. `adaptive` gains K = min(1, responses/horizon) per batch (Ziegler 2019).
+
+    It stays where it is after a batch whose KL is unknown.
+    """
     options: dict[str, float] = {}
     if kl.schedule == "linear":
         options = {"initial": kl.coef, "final": kl.final_coef, "steps": steps}
     elif kl.schedule == "adaptive":
+        if sequence_kl is None:
+            return coef
         options = {"target": kl.target, "gain": min(1.0, responses / kl.horizon)}
-    return KL_SCHEDULES[kl.schedule](coef, step=version, sequence_kl=sequence_kl, **options)
+    return KL_SCHEDULES[kl.schedule](coef, step=version, sequence_kl=sequence_kl or 0.0, **options)
 
 
 def _arrays(batch: FlatBatch, results: TokenResults, advantages: Tensor) -> BatchArrays:

@@ -209,6 +209,23 @@ MISTAKES = {
         ["kl.coef=0.1", "kl.reference=false"],
         "kl.reference=false: must be true with coef=0.1: a KL term needs the reference actor",
     ),
+    "a KL term that begins later, without a reference": (
+        ["kl.schedule=linear", "kl.final_coef=0.01", "kl.reference=false"],
+        "kl.reference=false: must be true with final_coef=0.01: a KL term needs the reference actor",
+    ),
+    "a KL loss that begins later and has no gradient": (
+        ["kl.schedule=linear", "kl.final_coef=0.01", "kl.estimator=k1"],
+        "kl.estimator='k1': must be 'k2' or 'k3' with placement=loss, where the gradient of k1 is zero on average; "
+        "or set placement=reward",
+    ),
+    "the end of a KL schedule that is none": (
+        ["kl.coef=0.1", "kl.final_coef=0.01"],
+        "kl.final_coef=0.01: not used by 'fixed', which takes no options",
+    ),
+    "options of another KL schedule": (
+        ["kl.coef=0.1", "kl.schedule=linear", "kl.target=2.0", "kl.horizon=500"],
+        "kl.horizon=500: not used by 'linear', which takes final_coef (target neither)",
+    ),
     "a KL loss that has no gradient": (
         ["kl.coef=0.1", "kl.estimator=k1"],
         "kl.estimator='k1': must be 'k2' or 'k3' with placement=loss, where the gradient of k1 is zero on average; "

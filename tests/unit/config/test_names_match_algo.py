@@ -36,5 +36,5 @@ def test_every_correction_can_be_chosen_and_takes_the_options_it_has() -> None:
 def test_every_reduction_estimator_schedule_and_advantage_can_be_chosen() -> None:
     assert choices(config.ObjectiveConfig, "reduce") == set(REDUCTIONS)
     assert choices(config.KLConfig, "estimator") == set(KL_ESTIMATORS)
-    assert choices(config.KLConfig, "schedule") == set(KL_SCHEDULES)
+    assert choices(config.KLConfig, "schedule") == set(KL_SCHEDULES) == set(config.KL_SCHEDULE_FIELDS)
     assert choices(config.AdvantageConfig, "name") == set(ADVANTAGES) - NEEDS_MORE_THAN_A_REWARD

@@ -263,6 +263,17 @@ def test_kl_coefficient_follows_its_schedule():
     assert next_kl_coef(adaptive, 0.4, 1, 3, 0.0, 100) == pytest.approx(0.4 * (1 - 0.1 * 0.2))
 
 
+def test_a_linear_coefficient_may_start_at_nothing(make_learner):
+    """From 0 to 0.4 over 4 steps: the second batch is the first one with a KL term."""
+    learner = make_learner(learner={"steps": 4}, kl={"schedule": "linear", "final_coef": 0.4})
+    batch = make_batch(9)
+    reference = [np.full(len(r.response_ids), -9.0, np.float32) for g in batch for r in g.group.rollouts]
+    coefficients = [learner.update(batch, reference).step.metrics["kl/coef"] for _ in range(3)]
+    assert coefficients == pytest.approx([0.0, 0.1, 0.2])
+    with pytest.raises(ConfigError, match=r"kl\.coef=0\.3.* needs reference"):
+        learner.update(batch)
+
+
 def test_the_adaptive_coefficient_moves_between_batches(make_learner):
     learner = make_learner(kl={"coef": 0.1, "schedule": "adaptive", "target": 0.01, "horizon": 24})
     batch = make_batch(9)
