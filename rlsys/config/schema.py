@@ -370,6 +370,12 @@ class RunConfig(Section):
                 self.resources.learner_gpus,
                 f"must be a whole number with learner.ranks={self.learner.ranks}: ranks cannot share a GPU (NCCL)",
             )
+        if self.objective.name == "raft" and self.kl.placement == "reward" and self.kl.acts:
+            raise refusal(
+                "kl.placement",
+                "reward",
+                "must be 'loss' with objective.name=raft, which accepts a response by its reward alone",
+            )
         if self.advantage.name != "batch_whiten" and rollout.samples_per_prompt < 2:
             raise refusal(
                 "rollout.samples_per_prompt",

@@ -231,6 +231,10 @@ MISTAKES = {
         "kl.estimator='k1': must be 'k2' or 'k3' with placement=loss, where the gradient of k1 is zero on average; "
         "or set placement=reward",
     ),
+    "a KL term where nothing would see it": (
+        ["objective.name=raft", "kl.coef=0.1", "kl.placement=reward"],
+        "kl.placement='reward': must be 'loss' with objective.name=raft, which accepts a response by its reward alone",
+    ),
     "an adaptive KL from nothing": (
         ["kl.schedule=adaptive"],
         "kl.coef=0.0: must be greater than 0 with schedule=adaptive, which starts from it",
