@@ -376,14 +376,22 @@ class RunConfig(Section):
                 "reward",
                 "must be 'loss' with objective.name=raft, which accepts a response by its reward alone",
             )
-        if self.advantage.name != "batch_whiten" and rollout.samples_per_prompt < 2:
-            raise refusal(
-                "rollout.samples_per_prompt",
-                rollout.samples_per_prompt,
-                f"must be at least 2 with advantage.name={self.advantage.name}, which compares responses to one prompt",
-            )
+        self._require_company()
         self.scaling.require_room(rollout=rollout.workers, reward=self.reward.workers)
         return self
+
+    def _require_company(self) -> None:
+        """Refuse an advantage that has nothing to compare a response with. `raft` compares none."""
+        name, samples = self.advantage.name, self.rollout.samples_per_prompt
+        compared, what = samples, "responses to one prompt"
+        if name == "batch_whiten":
+            compared, what = samples * self.rollout.prompts_per_step, "the responses of a batch"
+        if compared < 2 and self.objective.name != "raft":
+            raise refusal(
+                "rollout.samples_per_prompt",
+                samples,
+                f"must be at least 2 with advantage.name={name}, which compares {what}",
+            )
 
     @property
     def slots(self) -> int:

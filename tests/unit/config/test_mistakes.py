@@ -256,6 +256,11 @@ MISTAKES = {
         "rollout.samples_per_prompt=1: must be at least 2 with advantage.name=grpo, which compares responses to one "
         "prompt",
     ),
+    "a batch of one": (
+        ["advantage.name=batch_whiten", "rollout.samples_per_prompt=1", "rollout.prompts_per_step=1"],
+        "rollout.samples_per_prompt=1: must be at least 2 with advantage.name=batch_whiten, which compares the "
+        "responses of a batch",
+    ),
     "an engine option that is ours to set": (
         ["rollout.engine_options.max_model_len=99"],
         "rollout.engine_options.max_model_len=99: set model.max_context instead",
@@ -282,6 +287,13 @@ def test_a_mistake_is_answered_with_field_value_and_what_is_allowed(overrides: l
     with pytest.raises(ConfigError) as error:
         parse_config(SMALLEST, overrides)
     assert str(error.value) == f"configuration: 1 problem\n  {answer}"
+
+
+@pytest.mark.parametrize(
+    "overrides", [["objective.name=raft"], ["advantage.name=batch_whiten", "rollout.prompts_per_step=2"]]
+)
+def test_one_response_a_prompt_is_enough_where_it_has_no_need_of_others(overrides: list[str]) -> None:
+    assert parse_config(SMALLEST, ["rollout.samples_per_prompt=1", *overrides]).rollout.samples_per_prompt == 1
 
 
 def test_all_mistakes_are_reported_at_once() -> None:
