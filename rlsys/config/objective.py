@@ -23,6 +23,8 @@ CORRECTION_FIELDS: dict[str, frozenset[str]] = {
     "mask_sequence": frozenset({"low", "high", "cap"}),
     "m2": frozenset({"tau"}),
 }
+CORRECTION_BANDS: dict[str, tuple[float, float]] = {"mask_token": (0.5, 5.0), "mask_sequence": (0.8, 1.25)}
+"""`low` and `high` where they are not set."""
 
 
 class CorrectionConfig(Section):
@@ -37,9 +39,19 @@ class CorrectionConfig(Section):
     @model_validator(mode="after")
     def _only_its_options(self) -> Self:
         refuse_unused(self, self.name, CORRECTION_FIELDS[self.name], {"cap", "low", "high", "tau"})
-        if self.low is not None and self.high is not None and self.low >= self.high:
-            raise refusal("low", self.low, f"must be less than high={self.high}")
+        if self.name in CORRECTION_BANDS:
+            self._require_interval(*CORRECTION_BANDS[self.name])
         return self
+
+    def _require_interval(self, lowest: float, highest: float) -> None:
+        """Refuse a band, of what is set and of the defaults given, that holds nothing."""
+        low, high = lowest if self.low is None else self.low, highest if self.high is None else self.high
+        if low < high:
+            return
+        if self.low is None:
+            raise refusal("high", high, f"must be greater than low={low}, its default with name={self.name}")
+        default = f", its default with name={self.name}" if self.high is None else ""
+        raise refusal("low", low, f"must be less than high={high}{default}")
 
     def options(self) -> dict[str, float]:
         """The options that were set, by name."""

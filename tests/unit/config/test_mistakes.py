@@ -200,6 +200,14 @@ MISTAKES = {
         ["objective.correction={name: mask_token, low: 2.0, high: 0.5}"],
         "objective.correction.low=2.0: must be less than high=0.5",
     ),
+    "a lower bound above the upper one's default": (
+        ["objective.correction={name: mask_token, low: 6.0}"],
+        "objective.correction.low=6.0: must be less than high=5.0, its default with name=mask_token",
+    ),
+    "an upper bound below the lower one's default": (
+        ["objective.correction={name: mask_sequence, high: 0.8}"],
+        "objective.correction.high=0.8: must be greater than low=0.8, its default with name=mask_sequence",
+    ),
     "token masks under one weight per response": (
         ["objective.name=gspo", "objective.correction=m2"],
         "objective.correction.name='m2': masks single tokens, but 'gspo' has one weight per response; "

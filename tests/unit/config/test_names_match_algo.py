@@ -33,6 +33,11 @@ def test_every_correction_can_be_chosen_and_takes_the_options_it_has() -> None:
     }
 
 
+def test_the_bounds_of_a_correction_that_are_not_set_are_the_same() -> None:
+    banded = {name: options for name, options in CORRECTION_OPTIONS.items() if "low" in options}
+    assert {name: (o["low"], o["high"]) for name, o in banded.items()} == config.CORRECTION_BANDS
+
+
 def test_every_reduction_estimator_schedule_and_advantage_can_be_chosen() -> None:
     assert choices(config.ObjectiveConfig, "reduce") == set(REDUCTIONS)
     assert choices(config.KLConfig, "estimator") == set(KL_ESTIMATORS)
