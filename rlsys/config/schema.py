@@ -39,6 +39,7 @@ from rlsys.config.section import (
     Positive,
     PositiveFloat,
     Section,
+    Seed,
     refusal,
 )
 from rlsys.config.tasks import ArithmeticTask, CustomTask, JsonlTask, ReasoningGymTask, RewardConfig, TaskConfig
@@ -284,7 +285,7 @@ class RunConfig(Section):
     name: str = "run"
     """Directory below `run_dir`."""
     run_dir: Path = Path("runs")
-    seed: Integer = 0
+    seed: Seed = 0
     model: ModelConfig = ModelConfig()
     task: TaskConfig
     reward: RewardConfig = RewardConfig()

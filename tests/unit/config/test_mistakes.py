@@ -154,6 +154,14 @@ MISTAKES = {
         ["name=../elsewhere"],
         "name='../elsewhere': must be a plain directory name without slashes",
     ),
+    "a seed below 0": (
+        ["seed=-1"],
+        "seed=-1: must be at least 0",
+    ),
+    "a seed that leaves no room for a worker's number": (
+        ["seed=2147483648"],
+        "seed=2147483648: must be less than 2147483648",
+    ),
     "a number for a name": (
         ["name=7"],
         "name=7: must be text; put a number or a date in quotes",
