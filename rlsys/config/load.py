@@ -51,7 +51,7 @@ def parse_config(data: Mapping[str, Any], overrides: Sequence[str] = (), *, sour
 
 def dump_config(config: RunConfig) -> str:
     """The whole configuration, defaults included, as YAML in the order of the schema. `load_config` reads it back."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    return yaml.dump(config.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
 def _listed(source: str, problems: Sequence[str]) -> str:
@@ -98,9 +98,14 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
-)
+class _Dumper(yaml.SafeDumper):
+    """SafeDumper that puts in quotes what `_Loader` would otherwise read as a number."""
+
+
+for _side in (_Loader, _Dumper):
+    _side.add_implicit_resolver(
+        "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+    )
 
 
 def _refuse_duplicates(keys: Iterable[yaml.Node]) -> None:

@@ -4,8 +4,11 @@ from pathlib import Path
 
 import pytest
 import yaml
+from hypothesis import example, given
+from hypothesis import strategies as st
 
 from rlsys.config import JsonlTask, RunConfig, dump_config, load_config, parse_config
+from rlsys.config.load import _parse_yaml
 from rlsys.errors import ConfigError
 
 ROOT = Path(__file__).parents[3]
@@ -175,6 +178,25 @@ def test_a_shipped_configuration_is_valid_and_names_files_that_exist(path: Path)
 def test_what_is_written_reads_back_as_the_same(path: Path, tmp_path: Path) -> None:
     config = load_config(path, ["learner.lr=1e-7", "objective.correction={name: tis, cap: 2}"])
     assert load_config(written(tmp_path, dump_config(config))) == config
+
+
+@given(st.text())
+@example("1e-4")
+@example("-2E+3")
+@example("0x1F")
+@example("12:30:45")
+@example("2024-05-06")
+@example("~")
+@example("no")
+@example("a\x85\u2028\r\n: #")
+def test_a_text_reads_back_as_the_same_text_whatever_it_looks_like(text: str) -> None:
+    config = parse_config({**SMALLEST, "rollout": {"engine_options": {"x": text, f"of {text}": [text]}}})
+    assert parse_config(_parse_yaml(dump_config(config), "written")) == config
+
+
+def test_a_run_that_is_named_like_a_number_can_be_continued(tmp_path: Path) -> None:
+    config = parse_config({**SMALLEST, "name": "1e-4"})
+    assert load_config(written(tmp_path, dump_config(config))).name == "1e-4"
 
 
 def test_everything_is_written_in_the_order_of_the_schema() -> None:
