@@ -65,13 +65,15 @@ class LossOutput:
 
     loss: scalar. metrics: each a *sum* over the tokens (or responses, or pairs) given; divide by the
     batch's totals after adding. clipped: [N] bool, the clipped branch acts. outside: [N] bool, the ratio
-    lies beyond the bounds (whether or not the clip acts).
+    lies beyond the bounds (whether or not the clip acts). clamped: [N] bool, the ±20 clamp acts on the ratio,
+    or on what else the loss takes the exponential of.
     """
 
     loss: Tensor
     metrics: dict[str, Tensor]
     clipped: Tensor
     outside: Tensor
+    clamped: Tensor
 
 
 def trained_only(tokens: TokenBatch) -> TokenBatch:

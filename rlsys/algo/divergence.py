@@ -40,22 +40,18 @@ def kl_loss(
     estimator: str,
     reduce: str,
     coef: float,
-    on_policy: bool = False,
     cap: float = 2.0,
 ) -> LossOutput:
     """+β · reduction of sg(min(r_t, cap))·k(d_t), r_t = π_θ/μ; add it to the policy loss.
 
-    The weight repairs the token's distribution off-policy, not that of its prefix. metrics, unweighted sums
-    over trained tokens: `kl_k1`, `kl_k3` (over tokens: token means; `kl_k1` over responses: the sequence KL),
-    `kl_capped`, `kl_clamped`. Flags: where the cap acts.
+    The weight repairs the token's distribution off-policy, not that of its prefix. Of k1 the expected gradient
+    is zero on-policy, and off-policy too, but for what the cap cuts: a run refuses it. Flags: where the cap acts,
+    and where a clamp does, on the weight or on the exponent of k3.
 
-    Raises ConfigError without a reference, on an unknown estimator or reduction, and for k1 on-policy, where
-    its expected gradient is zero (off-policy it is too, but for what the cap cuts).
+    Raises ConfigError without a reference and on an unknown estimator or reduction.
     """
     if estimator not in KL_ESTIMATORS:
         raise ConfigError(f"kl.estimator={estimator!r}: allowed are {', '.join(KL_ESTIMATORS)}")
-    if estimator == "k1" and on_policy:
-        raise ConfigError("kl.estimator='k1' as a loss has zero expected gradient on-policy; allowed: k2, k3")
     if tokens.reference_logprobs is None:
         raise ConfigError("kl.coef > 0 needs reference_logprobs: configure a reference policy")
     tokens = trained_only(tokens)
@@ -64,17 +60,15 @@ def kl_loss(
     log_weight = (tokens.policy_logprobs - tokens.behavior_logprobs).detach()
     weight = bounded_exp(log_weight)
     capped = (weight > cap) & tokens.loss_mask
-    metrics = {
-        "kl_k1": k1(d.detach()),
-        "kl_k3": k3(d.detach()),
-        "kl_capped": capped,
-        "kl_clamped": (beyond_clamp(d) | beyond_clamp(log_weight)) & tokens.loss_mask,
-    }
+    clamped = beyond_clamp(log_weight)
+    if estimator == "k3":
+        clamped = clamped | beyond_clamp(d)
     return LossOutput(
         loss=coef * reduce_tokens(weight.clamp(max=cap) * KL_ESTIMATORS[estimator](d), tokens, totals, reduce),
-        metrics={name: values.sum() for name, values in metrics.items()},
+        metrics={},
         clipped=capped,
         outside=capped,
+        clamped=clamped & tokens.loss_mask,
     )
 
 

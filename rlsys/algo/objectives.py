@@ -81,8 +81,8 @@ def policy_loss(
     micro-batch's part of `compute_correction` (None: no correction). options: as in OBJECTIVE_OPTIONS.
 
     metrics, sums over trained tokens: `tokens`; `clipped` (the clip acts on a kept token), `outside` (ratio
-    beyond the bounds), `clamped` (±20 acted), `masked` and `truncated` (by the correction), `ratio` (the
-    objective's weight), `weight` (the correction's). Sum over responses with a trained token: `responses`.
+    beyond the bounds), `masked` and `truncated` (by the correction), `ratio` (the objective's weight), `weight`
+    (the correction's). Sum over responses with a trained token: `responses`.
 
     Raises ConfigError on an unknown name or option, on per-token advantages for a sequence objective, and for
     `dpo`, which needs pairs: see `dpo_loss`.
@@ -104,7 +104,6 @@ def policy_loss(
         "tokens": mask,
         "clipped": clipped,
         "outside": outside,
-        "clamped": term.clamped & mask,
         "masked": ~keep & mask,
         "truncated": correction.truncated & mask,
         "ratio": term.ratio.detach() * mask,
@@ -117,6 +116,7 @@ def policy_loss(
         metrics={name: values.sum() for name, values in counted.items()},
         clipped=clipped,
         outside=outside,
+        clamped=term.clamped & mask,
     )
 
 
@@ -252,7 +252,8 @@ def dpo_loss(tokens: TokenBatch, pairs: Tensor, total_pairs: int, *, beta: float
         "margin": margin.detach().sum(),
         "correct": (margin > 0).sum(),
     }
-    return LossOutput(loss=-logsigmoid(margin).sum() / max(total_pairs, 1), metrics=metrics, clipped=none, outside=none)
+    loss = -logsigmoid(margin).sum() / max(total_pairs, 1)
+    return LossOutput(loss=loss, metrics=metrics, clipped=none, outside=none, clamped=none)
 
 
 def _unclipped(value: Tensor, log_ratio: Tensor) -> Term:

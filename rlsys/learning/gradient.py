@@ -131,7 +131,7 @@ def accumulate(
             outside=loss.outside,
             masked=~correction.keep & tokens.loss_mask,
             truncated=correction.truncated,
-            clamped=loss.metrics["clamped"],
+            clamped=loss.clamped,
         )
     return total
 

@@ -19,7 +19,7 @@ Metrics = dict[str, float | None]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenResults:
-    """What the forward passes of a step left for every token, [N]; `clamped` is a count, scalar.
+    """What the forward passes of a step left for every token, [N].
 
     `policy_logprobs` and `entropy` as of the token's gradient; `step_start_logprobs` under π_V.
     """
@@ -37,24 +37,23 @@ class TokenResults:
     def empty(cls, tokens: int, device: torch.device) -> "TokenResults":
         """Zeros to be filled micro-batch by micro-batch."""
         numbers = ("policy_logprobs", "step_start_logprobs", "entropy")
-        flags = ("clipped", "outside", "masked", "truncated")
+        flags = ("clipped", "outside", "masked", "truncated", "clamped")
         tensors = {name: torch.zeros(tokens, device=device) for name in numbers}
         tensors |= {name: torch.zeros(tokens, dtype=torch.bool, device=device) for name in flags}
-        return cls(**tensors, clamped=torch.zeros((), device=device))
+        return cls(**tensors)
 
-    def note(self, index: Tensor, *, clamped: Tensor, **values: Tensor) -> None:
+    def note(self, index: Tensor, **values: Tensor) -> None:
         """Enter what a micro-batch showed of the tokens `index`, [n] each."""
         for name, value in values.items():
             getattr(self, name)[index] = value
-        self.clamped.add_(clamped)
 
     def sum_(self, ranks: Ranks) -> None:
         """Enter what the other ranks have noted: a token is one rank's, and 0 on the others."""
         if ranks.size == 1:
             return
-        columns = [getattr(self, f.name) for f in fields(self) if f.name != "clamped"]
+        columns = [getattr(self, f.name) for f in fields(self)]
         table = torch.stack([column.float() for column in columns])
-        ranks.sum_(table, self.clamped)
+        ranks.sum_(table)
         for column, values in zip(columns, table, strict=True):
             column.copy_(values)
 
@@ -98,7 +97,7 @@ def step_metrics(
             loss_mask=mask,
             staleness=staleness.total,
         ),
-        "importance/clamped_fraction": float(results.clamped) / max(int(lengths.sum()), 1),
+        "importance/clamped_fraction": _mean(results.clamped[mask]),
         **reference_metrics(batch, results.policy_logprobs, trained),
         "advantage/mean": _mean(advantages[trained]),
         "advantage/std": _std(advantages[trained]),

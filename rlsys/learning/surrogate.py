@@ -49,7 +49,10 @@ class Surrogate:
         )
 
     def loss(self, tokens: TokenBatch, totals: BatchTotals, correction: Correction, kl_coef: float) -> LossOutput:
-        """Objective, plus β times the KL where that is placed in the loss; metrics and flags are the objective's."""
+        """Objective, plus β times the KL where that is placed in the loss; `clamped` is where either clamps.
+
+        Metrics and other flags are the objective's.
+        """
         output = policy_loss(
             tokens,
             totals,
@@ -68,7 +71,7 @@ class Surrogate:
             coef=kl_coef,
             cap=self._kl.cap,
         )
-        return replace(output, loss=output.loss + divergence.loss)
+        return replace(output, loss=output.loss + divergence.loss, clamped=output.clamped | divergence.clamped)
 
     def _correct(self, start: Tensor, behavior: Tensor, mask: Tensor, index: Tensor, responses: int) -> Correction:
         return compute_correction(

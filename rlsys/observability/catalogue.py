@@ -79,7 +79,11 @@ _METRICS = (
     ),
     Metric("importance/masked_fraction", "fraction", "tokens the correction masked", True, True),
     Metric("importance/truncated_fraction", "fraction", "tokens whose correction weight was truncated", True, True),
-    Metric("importance/clamped_fraction", "fraction", "tokens or responses whose log-ratio met the ±20 clamp"),
+    Metric(
+        "importance/clamped_fraction",
+        "fraction",
+        "tokens whose log-ratio met the ±20 clamp: their own, their response's, or that of the KL term",
+    ),
     *(
         Metric(f"split/{part}/{name}", "nats", f"{meaning} of {what}, over {tokens}")
         for part, what, tokens in (

@@ -332,6 +332,15 @@ def test_masked_tokens_are_counted_and_recorded(make_learner):
     assert update.step.metrics["importance/masked_fraction"] == pytest.approx(expected.mean())
 
 
+def test_clamps_of_the_ratio_and_of_the_kl_term_are_counted_token_by_token(make_learner):
+    """Of three tokens one was sampled 30 nats off, and another one is that far from the reference."""
+    rollout = make_rollout([5, 6, 1], behavior=[-40.0, -2.0, -2.0])
+    reference = [np.array([-2.0, 40.0, -2.0], np.float32)]
+    learner = make_learner(kl={"coef": 0.1}, advantage={"name": "group_mean"})
+    metrics = learner.update([make_group([3], [rollout], [1.0])], reference).step.metrics
+    assert metrics["importance/clamped_fraction"] == pytest.approx(2 / 3)
+
+
 def test_raft_weights_accepted_responses_by_one_and_others_by_none(make_learner):
     """Accepted is what passes: part of the reward is not enough."""
     rewards = [1.0, 0.0, 0.05, 1.5]
