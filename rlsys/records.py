@@ -197,7 +197,7 @@ class BatchArrays:
 
     Tokens of response i (groups in order, rollouts in order) are `offsets[i]:offsets[i + 1]`: the layout of an
     Arrow list column. `policy_logprobs` are log π_θ when the token's gradient was taken, `step_start_logprobs`
-    log π_V; `masked` is what the correction dropped. `advantages` [G].
+    log π_V, NaN where no pass came to; `masked` is what the correction dropped. `advantages` [G].
     """
 
     offsets: npt.NDArray[np.int64]

@@ -257,7 +257,9 @@ class Learner:
                 if backup is not None:
                     self._optimizer.restore(backup)
                 break
-        results.sum_(self.ranks)
+        results.complete_(self.ranks)
+        if start is not None:  # known also where training did not come to
+            results.step_start_logprobs.copy_(start)
         return results.cpu(), norms, sum(losses) / len(losses)
 
     def _settle(self, applied: bool, metrics: Metrics, responses: int) -> bool:
@@ -265,10 +267,13 @@ class Learner:
         if not applied:
             self._refused += 1
             if self._refused >= self._config.max_nonfinite_steps:
+                before = "those before the last one are in rollouts/refused-*.parquet"
+                if self._refused == 1:
+                    before = "with learner.max_nonfinite_steps above 1 it would be in rollouts/refused-*.parquet"
                 raise NonFiniteError(
                     f"{self._refused} learner batches in a row had a non-finite loss or gradient; the policy stays at "
-                    f"version {self._version}. Look at the batches written out: a log-probability or reward that is "
-                    "NaN, or a learning rate too high"
+                    f"version {self._version}. Look for a log-probability or reward that is NaN, or a learning rate "
+                    f"too high; {before}"
                 )
             return False
         self._refused = 0

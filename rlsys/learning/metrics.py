@@ -16,12 +16,15 @@ from rlsys.learning.ranks import Ranks
 
 Metrics = dict[str, float | None]
 
+_NUMBERS = ("policy_logprobs", "step_start_logprobs", "entropy")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenResults:
     """What the forward passes of a step left for every token, [N].
 
-    `policy_logprobs` and `entropy` as of the token's gradient; `step_start_logprobs` under π_V.
+    `policy_logprobs` and `entropy` as of the token's gradient; `step_start_logprobs` under π_V. `reached`: a pass
+    came to the token, which it does not after a mini-batch that is refused.
     """
 
     policy_logprobs: Tensor
@@ -32,13 +35,13 @@ class TokenResults:
     masked: Tensor
     truncated: Tensor
     clamped: Tensor
+    reached: Tensor
 
     @classmethod
     def empty(cls, tokens: int, device: torch.device) -> "TokenResults":
         """Zeros to be filled micro-batch by micro-batch."""
-        numbers = ("policy_logprobs", "step_start_logprobs", "entropy")
-        flags = ("clipped", "outside", "masked", "truncated", "clamped")
-        tensors = {name: torch.zeros(tokens, device=device) for name in numbers}
+        flags = ("clipped", "outside", "masked", "truncated", "clamped", "reached")
+        tensors = {name: torch.zeros(tokens, device=device) for name in _NUMBERS}
         tensors |= {name: torch.zeros(tokens, dtype=torch.bool, device=device) for name in flags}
         return cls(**tensors)
 
@@ -46,16 +49,18 @@ class TokenResults:
         """Enter what a micro-batch showed of the tokens `index`, [n] each."""
         for name, value in values.items():
             getattr(self, name)[index] = value
+        self.reached[index] = True
 
-    def sum_(self, ranks: Ranks) -> None:
-        """Enter what the other ranks have noted: a token is one rank's, and 0 on the others."""
-        if ranks.size == 1:
-            return
-        columns = [getattr(self, f.name) for f in fields(self)]
-        table = torch.stack([column.float() for column in columns])
-        ranks.sum_(table)
-        for column, values in zip(columns, table, strict=True):
-            column.copy_(values)
+    def complete_(self, ranks: Ranks) -> None:
+        """Enter what the other ranks have noted: a token is one rank's, and 0 on the others. NaN where none came to."""
+        if ranks.size > 1:
+            columns = [getattr(self, f.name) for f in fields(self)]
+            table = torch.stack([column.float() for column in columns])
+            ranks.sum_(table)
+            for column, values in zip(columns, table, strict=True):
+                column.copy_(values)
+        for name in _NUMBERS:
+            getattr(self, name).masked_fill_(~self.reached, math.nan)
 
     def cpu(self) -> "TokenResults":
         """The same results on the CPU."""

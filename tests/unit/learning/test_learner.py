@@ -188,8 +188,25 @@ def test_giving_up_after_refusals_in_a_row(make_learner):
     assert learner.update(make_batch(0)).step.applied, "a good batch in between starts the count again"
     for _ in range(2):
         assert not learner.update(poisoned(make_batch(0))).step.applied
-    with pytest.raises(NonFiniteError, match=r"3 learner batches in a row.*version 1"):
+    with pytest.raises(NonFiniteError, match=r"3 learner batches in a row.*version 1.*those before the last one"):
         learner.update(poisoned(make_batch(0)))
+    with pytest.raises(NonFiniteError, match=r"1 learner batches .*with learner\.max_nonfinite_steps above 1"):
+        make_learner(learner={"max_nonfinite_steps": 1}).update(poisoned(make_batch(0)))
+
+
+def test_what_a_refused_batch_did_not_come_to_is_nan_and_its_start_is_known(make_learner, tiny):
+    """Three mini-batches of two groups; whichever of them meets the NaN is the last one that was taken."""
+    learner = make_learner(learner={"updates_per_batch": 3, "max_nonfinite_steps": 9})
+    taken = []
+    for slot in range(6):
+        batch = poisoned(make_batch(1), slot)
+        arrays = learner.update(batch).arrays
+        assert np.allclose(arrays.step_start_logprobs, np.concatenate(scored(batch, tiny)), atol=2e-5)
+        per_group = np.split(arrays.policy_logprobs, arrays.offsets[4:-1:4])
+        unknown = [np.isnan(group).all() for group in per_group]
+        assert not any(np.isnan(group).any() for group, no in zip(per_group, unknown, strict=True) if not no)
+        taken.append(6 - sum(unknown))
+    assert sorted(taken) == [2, 2, 4, 4, 6, 6]
 
 
 def test_batches_without_a_trained_token_or_a_needed_reference_are_refused(make_learner):
