@@ -152,7 +152,7 @@ def allocate(weights: Sequence[float], budget: int, *, lowest: int = 0, highest:
     able = sum(weight > 0 for weight in weights)
     if len(weights) * lowest > budget or (able and able * ceiling + (len(weights) - able) * lowest < budget):
         raise ConfigError(
-            f"sampling.budget: {budget} samples do not fit {len(weights)} prompts in [{lowest}, {ceiling}]"
+            f"budget={budget}: so many samples do not fit {len(weights)} prompts with {lowest} to {ceiling} each"
         )
     if not able:
         return [lowest] * len(weights)

@@ -48,8 +48,14 @@ def token_staleness(
     """
     in_flight = finished_version - versions
     in_queue = (learner_version - finished_version) + torch.zeros_like(versions)
-    if bool((in_flight < 0).any()) or bool((in_queue < 0).any()):
-        raise ValueError("versions: must not exceed finished_version, nor that learner_version")
+    wrong = (in_flight < 0) | (in_queue < 0)
+    if bool(wrong.any()):
+        token = int(wrong.nonzero()[0])
+        sampled, age = int(versions[token]), int(in_flight[token])
+        raise ValueError(
+            f"versions: token {token} was sampled by version {sampled}, in a response that finished under "
+            f"{sampled + age}, and reached learner version {learner_version}: these must not decrease"
+        )
     return Staleness(in_flight + in_queue, in_flight, in_queue)
 
 
