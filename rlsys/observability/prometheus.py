@@ -44,7 +44,7 @@ class Prometheus:
     """Gauges and counters of one run. The gauges vanish from the endpoint when this process ends."""
 
     def __init__(self, config: RunConfig) -> None:
-        self._run = config.name
+        self._run, self._step = config.name, 0
         self._gauges: dict[str, Gauge] = {}
         self._counters: dict[str, Counter] = {}
         self._last: dict[tuple[str, tuple[str, ...]], tuple[float, dict[str, str]]] = {}
@@ -53,8 +53,9 @@ class Prometheus:
             self._set(LIMIT, "limit of an alarm", {"alarm": rule.name}, rule.limit)
 
     def write(self, step: int, metrics: Mapping[str, float | None]) -> None:
-        """Set every gauge, and `rlsys_step`; add to the counters."""
-        self._set(STEP, "newest learner step with metrics", {}, step)
+        """Set every gauge, and `rlsys_step`, which an evaluation or an audit that was late does not set back."""
+        self._step = max(self._step, step)
+        self._set(STEP, "newest learner step with metrics", {}, self._step)
         for key, value in metrics.items():
             name, labels = gauge_name(key)
             metric = definition(key)

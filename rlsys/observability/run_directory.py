@@ -125,15 +125,19 @@ class RunDirectory:
     ) -> None:
         """Drop what a run recorded after the checkpoint it resumes from, so that nothing is there twice.
 
-        Prompts are (epoch, index): those from the checkpoint's `cursor` on are admitted again, and so are the
-        `reopened` ones; what became of them at `version` itself, after the checkpoint, is forgotten too.
+        The checkpoint's own version is evaluated again, first of all; its step and its audit do not come back. Prompts
+        are (epoch, index): those from the checkpoint's `cursor` on are admitted again, and so are the `reopened` ones;
+        what became of them at `version` itself, after the checkpoint, is forgotten too.
         """
 
         def ended(row: dict[str, Any]) -> bool:
             prompt = (row["epoch"], row["prompt"])
             return row["version"] <= version and (cursor is None or prompt < cursor) and prompt not in reopened
 
-        _keep(self.metrics, lambda row: row["step"] <= version)
+        def stays(row: dict[str, Any]) -> bool:
+            return row["step"] < version or (row["step"] == version and "eval/accuracy" not in row)
+
+        _keep(self.metrics, stays)
         _keep(self.ledger, ended)
         _keep(self.notes, lambda row: True)  # all but a line cut short, which the next one would continue
         self._clear_alarms(version)

@@ -61,6 +61,14 @@ def test_a_gauge_holds_the_newest_value_and_a_null_metric_is_nan(exported: Expor
     assert of(exported, "rlsys_step") == 2
 
 
+def test_a_late_evaluation_does_not_set_the_step_back(exported: Exported) -> None:
+    sink = make_sink()
+    for step, metrics in ((25, {"staleness/mean": 1.0}), (27, {"staleness/mean": 1.0}), (25, {"eval/accuracy": 0.5})):
+        sink.write(step, metrics)
+    assert of(exported, "rlsys_step") == 27
+    assert of(exported, "rlsys_eval_accuracy") == 0.5
+
+
 def test_every_gauge_is_set_again_while_a_step_takes_its_time(exported: Exported) -> None:
     sink = make_sink("alarms.ess_sequence_min=0.4")
     sink.write(1, {"staleness/mean": 1.5, "throughput/step_s": 2.0})

@@ -156,6 +156,31 @@ def test_rewinding_drops_what_came_after_the_checkpoint(tmp_path: Path) -> None:
     ]
 
 
+def test_rewinding_forgets_the_evaluation_that_a_resumed_run_repeats_and_no_other(tmp_path: Path) -> None:
+    directory = RunDirectory(tmp_path)
+    journal = open_journal(directory)
+    for step, metric in [
+        (0, "eval/accuracy"),
+        (1, "reward/mean"),
+        (2, "reward/mean"),
+        (2, "eval/accuracy"),
+        (2, "audit/cosine"),
+        (1, "eval/accuracy"),  # late
+        (3, "reward/mean"),
+    ]:
+        journal.step(step, {metric: 0.5})
+    journal.close()
+    directory.rewind(2)
+    found = [(row["step"], key) for row in directory.rows() for key in row if "/" in key]
+    assert found == [
+        (0, "eval/accuracy"),
+        (1, "reward/mean"),
+        (2, "reward/mean"),
+        (2, "audit/cosine"),
+        (1, "eval/accuracy"),
+    ]
+
+
 def test_rewinding_forgets_the_ends_of_prompts_that_the_checkpoint_knows_as_open_or_not_at_all(tmp_path: Path) -> None:
     directory = RunDirectory(tmp_path)
     recorded(directory)
