@@ -69,7 +69,7 @@ class LearnerActor:
             )
         self._learner = Learner.of(config, self._resume or self._path, device=device, ranks=ranks)
         if self._resume is not None:
-            self._learner.load_state(load(self._resume).state)
+            self._learner.load_state(load(self._resume))
         if self._rank == 0:
             policy, gathered = self._learner.policy, self._learner.named_tensors
             self._publisher = Publisher(

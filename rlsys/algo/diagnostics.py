@@ -95,41 +95,6 @@ def flag_fractions(
     }
 
 
-def split_diagnostics(
-    *,
-    policy_logprobs: Tensor,
-    step_start_logprobs: Tensor,
-    sampled_version_logprobs: Tensor,
-    behavior_logprobs: Tensor,
-    later_span: Tensor,
-    loss_mask: Tensor,
-) -> Metrics:
-    """The three parts of log π_θ − log μ: drift within the step, policy lag, engine mismatch. All [N].
-
-    drift = log π_θ − log π_V, lag = log π_V − log π_{v_t}, engine = log π_{v_t} − log μ, where
-    `sampled_version_logprobs` are the learner's under the weights that sampled the token. `later_span`,
-    bool, marks tokens after the first version span (KV cache of older weights). Keys
-    `split/{drift,lag,engine,engine_later_spans}/{mean,abs_mean,k3}`, means over trained tokens, nats.
-    """
-    policy, start, sampled, behavior = (
-        logprobs.detach().cpu().double()
-        for logprobs in (policy_logprobs, step_start_logprobs, sampled_version_logprobs, behavior_logprobs)
-    )
-    mask, later = loss_mask.cpu(), (loss_mask & later_span).cpu()
-    parts = {
-        "drift": (policy - start)[mask],
-        "lag": (start - sampled)[mask],
-        "engine": (sampled - behavior)[mask],
-        "engine_later_spans": (sampled - behavior)[later],
-    }
-    metrics: Metrics = {}
-    for name, part in parts.items():
-        metrics[f"split/{name}/mean"] = _mean(part)
-        metrics[f"split/{name}/abs_mean"] = _mean(part.abs())
-        metrics[f"split/{name}/k3"] = _mean(part.expm1() - part)
-    return metrics
-
-
 def effective_sample_size(log_weights: Tensor) -> float | None:
     """ESS/n = (Σw)²/(n Σw²) from raw log-weights [n], in (0, 1]; None when empty."""
     if not len(log_weights):

@@ -4,14 +4,12 @@ staleness of a token = learner version at consumption − version that sampled i
                      = in flight (until its response finished) + in queue (until consumed)
 """
 
-from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from rlsys.errors import ConfigError
-from rlsys.versions import PolicyVersion, VersionSpan
+from rlsys.versions import PolicyVersion
 
 STALENESS_BUCKETS = ("0", "1", "2", "3", "4+")
 
@@ -22,20 +20,6 @@ class Staleness(NamedTuple):
     total: Tensor
     in_flight: Tensor
     in_queue: Tensor
-
-
-def token_versions(spans: Iterable[VersionSpan], length: int) -> Tensor:
-    """The version that sampled each token, [length]; ValueError unless spans tile 0..length in order."""
-    versions = torch.empty(length, dtype=torch.int64)
-    reached = 0
-    for span in spans:
-        if span.start != reached or not span.start < span.stop <= length:
-            raise ValueError(f"version_spans: {span} does not continue at token {reached} of {length}")
-        versions[span.start : span.stop] = span.version
-        reached = span.stop
-    if reached != length:
-        raise ValueError(f"version_spans: cover {reached} of {length} tokens")
-    return versions
 
 
 def token_staleness(
@@ -77,17 +61,3 @@ def staleness_bound(slots: int, window: int, groups_per_step: int, serving_lag: 
     step, and a router that refuses workers more than L versions behind.
     """
     return (slots + window - 2) // groups_per_step + serving_lag
-
-
-def slots_for(bound: int, window: int, groups_per_step: int, serving_lag: int) -> int:
-    """Most slots that keep `staleness_bound` ≤ bound: B = (S+1)·P − (W−1), S = bound − L.
-
-    Raises ConfigError when fewer than P remain: a step needs P groups, and could never be assembled.
-    """
-    slots = (bound - serving_lag + 1) * groups_per_step - (window - 1)
-    if slots < groups_per_step:
-        raise ConfigError(
-            f"staleness.max={bound} leaves {slots} slots with window {window} and serving lag {serving_lag}, "
-            f"but a step needs {groups_per_step}; raise staleness.max or lower the window or the lag"
-        )
-    return slots

@@ -15,7 +15,6 @@ import os
 import shutil
 import uuid
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,18 +32,6 @@ CHECKPOINTS = "checkpoints"
 _ASIDE = ".aside"
 _STATE = Path("trainer") / "state.json"
 _OPTIMIZER = Path("trainer") / "optimizer.safetensors"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Checkpoint:
-    """A complete checkpoint: build a `Learner(path, ...)`, then `learner.load_state(state)`, or `restore`.
-
-    `extra` is what the caller passed to `save`: JSON values.
-    """
-
-    path: Path
-    state: LearnerState
-    extra: Mapping[str, Any]
 
 
 def save(
@@ -88,15 +75,11 @@ def save(
     return directory
 
 
-def restore(directory: Path, learner: Learner) -> Checkpoint:
-    """Bring a learner that was built from `directory` to the state saved there. Errors as `load`."""
-    checkpoint = load(directory)
-    learner.load_state(checkpoint.state)
-    return checkpoint
+def load(directory: Path) -> LearnerState:
+    """Read and verify: build a `Learner(directory, ...)`, then `learner.load_state` this.
 
-
-def load(directory: Path) -> Checkpoint:
-    """Read and verify. Raises CheckpointError when it is missing, partial, damaged or of another format."""
+    Raises CheckpointError when it is missing, partial, damaged or of another format.
+    """
     description = _describe(directory)
     for name, size in description["files"].items():
         found = (directory / name).stat().st_size if (directory / name).is_file() else None
@@ -107,7 +90,7 @@ def load(directory: Path) -> Checkpoint:
             )
     try:
         tensors = load_file(directory / _OPTIMIZER)
-        state = LearnerState(
+        return LearnerState(
             version=description["version"],
             seed=description["seed"],
             kl_coef=description["kl_coef"],
@@ -116,7 +99,6 @@ def load(directory: Path) -> Checkpoint:
         )
     except (OSError, SafetensorError, KeyError) as error:
         raise CheckpointError(f"checkpoint {directory} is damaged: {error}") from error
-    return Checkpoint(path=directory, state=state, extra=description["extra"])
 
 
 def latest(run_dir: Path) -> Path | None:

@@ -13,7 +13,7 @@ from typing import Protocol
 
 import numpy as np
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from rlsys.config.schema import ModelConfig, WarmstartConfig
 from rlsys.errors import DataError
@@ -135,29 +135,6 @@ def train_supervised(
         optimizer.zero_grad()
         if progress is not None:
             progress(step + 1, steps, loss)
-
-
-@torch.no_grad()
-def greedy_accuracy(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, items: Sequence[Item], max_new_tokens: int
-) -> float:
-    """Share of items whose greedy answer is exact and ends by itself within `max_new_tokens`. [0, 1]."""
-    model.eval()  # type: ignore[no-untyped-call]
-    inputs = tokenizer([item.text for item in items], padding=True, padding_side="left", return_tensors="pt")
-    output = model.generate(  # type: ignore[operator]
-        **inputs.to(model.device),
-        do_sample=False,
-        max_new_tokens=max_new_tokens,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    model.train()
-    correct = 0
-    for item, row in zip(items, output[:, inputs.input_ids.shape[1] :].tolist(), strict=True):
-        if tokenizer.eos_token_id in row:
-            said = row[: row.index(tokenizer.eos_token_id)]
-            correct += tokenizer.decode(said) == item.answer
-    return correct / len(items)
 
 
 def _pool(size: int, seed: int) -> list[int]:

@@ -12,7 +12,6 @@ from rlsys.algo.diagnostics import (
     Metrics,
     effective_sample_size,
     flag_fractions,
-    split_diagnostics,
     weight_diagnostics,
 )
 
@@ -123,23 +122,3 @@ def test_flag_fractions_split_by_sign_and_staleness() -> None:
         f"{prefix}/by_staleness/3": None,
         f"{prefix}/by_staleness/4+": 0.5,
     }
-
-
-def test_the_three_parts_of_the_log_ratio_sum_to_the_whole() -> None:
-    generator = torch.Generator().manual_seed(3)
-    policy, start, sampled, behavior = (-torch.rand(50, generator=generator) for _ in range(4))
-    mask = torch.rand(50, generator=generator) < 0.8
-    later = torch.rand(50, generator=generator) < 0.3
-    found = split_diagnostics(
-        policy_logprobs=policy,
-        step_start_logprobs=start,
-        sampled_version_logprobs=sampled,
-        behavior_logprobs=behavior,
-        later_span=later,
-        loss_mask=mask,
-    )
-    parts = sum(found[f"split/{part}/mean"] or 0.0 for part in ("drift", "lag", "engine"))
-    assert parts == pytest.approx(float((policy - behavior).double()[mask].mean()), abs=1e-7)
-    by_hand = (sampled - behavior)[mask & later].double()
-    assert found["split/engine_later_spans/abs_mean"] == pytest.approx(float(by_hand.abs().mean()))
-    assert found["split/engine_later_spans/k3"] == pytest.approx(float((by_hand.exp() - by_hand - 1).mean()))

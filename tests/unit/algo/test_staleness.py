@@ -4,34 +4,17 @@ import random
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from rlsys.algo.staleness import (
     response_staleness,
-    slots_for,
     staleness_bound,
     staleness_bucket,
     token_staleness,
-    token_versions,
 )
+from rlsys.config import parse_config
 from rlsys.errors import ConfigError
-from rlsys.versions import VersionSpan
-
-
-def spans(*edges: tuple[int, int, int]) -> list[VersionSpan]:
-    return [VersionSpan(start=start, stop=stop, version=version) for start, stop, version in edges]
-
-
-def test_every_token_gets_the_version_of_its_span() -> None:
-    assert token_versions(spans((0, 2, 5), (2, 3, 6), (3, 5, 8)), 5).tolist() == [5, 5, 6, 8, 8]
-    assert token_versions([], 0).tolist() == []
-
-
-@pytest.mark.parametrize("edges", [[(0, 2, 1)], [(0, 2, 1), (3, 4, 2)], [(1, 4, 1)], [(0, 5, 1)], [(0, 0, 1)]])
-def test_spans_that_do_not_tile_the_response_are_refused(edges) -> None:
-    with pytest.raises(ValueError, match="version_spans"):
-        token_versions(spans(*edges), 4)
 
 
 def test_staleness_splits_where_the_response_finished() -> None:
@@ -64,14 +47,18 @@ def test_bound_equals_the_hand_computed(slots: int, window: int, groups: int, la
 
 
 @given(st.integers(0, 6), st.integers(1, 12), st.integers(1, 8), st.integers(0, 3))
-def test_slots_for_is_the_largest_number_of_slots_within_the_bound(bound, window, groups, lag) -> None:
+def test_a_run_has_the_most_slots_that_stay_within_the_bound(bound, window, groups, lag) -> None:
+    assume(lag <= bound)
+    staleness = {"max": bound, "window": window, "serving_lag": lag}
     try:
-        slots = slots_for(bound, window, groups, lag)
+        config = parse_config(
+            {"task": {"name": "arithmetic"}, "staleness": staleness, "rollout": {"prompts_per_step": groups}}
+        )
     except ConfigError:
         assert staleness_bound(groups, window, groups, lag) > bound
         return
-    assert staleness_bound(slots, window, groups, lag) <= bound
-    assert staleness_bound(slots + 1, window, groups, lag) > bound
+    assert staleness_bound(config.slots, window, groups, lag) <= bound
+    assert staleness_bound(config.slots + 1, window, groups, lag) > bound
 
 
 def simulate(slots: int, window: int, groups: int, steps: int, choose) -> int:

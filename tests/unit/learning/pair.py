@@ -63,7 +63,7 @@ def train(
     """Train on the batches; from the checkpoint `path`, or into the checkpoint `save`."""
     learner = learner_on(path, options, ranks)
     if resume:
-        checkpoint.restore(path, learner)
+        learner.load_state(checkpoint.load(path))
     updates: list[LearnerUpdate] = [learner.update(*batch) for batch in batches]
     if save is not None:
         checkpoint.save(save, learner, tokenizer_from=path, extra={"by": ranks.size})

@@ -221,7 +221,7 @@ def test_what_is_published_from_shards_is_what_the_checkpoint_holds(
     two(train, "fsdp", path, {}, batches, save=tmp_path / "checkpoint")
     assert nothing == [], "only the first rank holds whole tensors"
     learner = learner_on(tmp_path / "checkpoint", {})
-    checkpoint.restore(tmp_path / "checkpoint", learner)
+    learner.load_state(checkpoint.load(tmp_path / "checkpoint"))
     packer = WeightPacker(learner.named_tensors(), dtype=dtype, vocab_size=learner.policy.vocab_size)
     assert len(set(checksums)) == 2
     assert checksums[-1] == packer.pack(learner.named_tensors(), learner.version)[0].checksum
