@@ -181,8 +181,8 @@ class RolloutActor:
 
     @ray.method(concurrency_group="control")
     async def lifetime(self) -> None:
-        """Never returns: who waits for it learns at once that this process is dead."""
-        await asyncio.Event().wait()
+        """Never returns: who waits for it learns at once that this process is dead, or that its engine has stopped."""
+        await self._driver.ended()
 
     @ray.method(concurrency_group="control")
     async def stats(self) -> RolloutStats:

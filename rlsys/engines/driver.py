@@ -18,7 +18,7 @@ from itertools import count
 from typing import Any, TypeVar
 
 from rlsys.engines.protocol import ApplyReport, Buffer, Engine, Sampled, Sampling
-from rlsys.errors import EngineError, PromptRefused
+from rlsys.errors import EngineError, PromptRefused, WeightSyncError
 from rlsys.observability.spans import SpanLog
 from rlsys.versions import PolicyVersion, WeightManifest
 
@@ -88,7 +88,11 @@ class EngineDriver:
         return await asyncio.wrap_future(self.start(prompt_ids, samples, sampling))
 
     async def apply(self, manifest: WeightManifest, buffer: Buffer) -> ApplyReport:
-        """Serve a new version after the decode step that runs now. Raises what the engine raises."""
+        """Serve a new version after the decode step that runs now.
+
+        Raises `WeightSyncError` when the engine refuses it and goes on with the old one. Any other failure stops the
+        engine, which nobody may sample from any more, and arrives as `EngineError`.
+        """
         future: Future[ApplyReport] = Future()
 
         def swap() -> None:
@@ -96,7 +100,7 @@ class EngineDriver:
             begun, start = time.time(), time.perf_counter()
             try:
                 self._engine.apply(manifest, buffer)
-            except Exception as error:
+            except WeightSyncError as error:
                 future.set_exception(error)
                 return
             pause = time.perf_counter() - start
@@ -107,6 +111,12 @@ class EngineDriver:
 
         self._put(future, swap)
         return await asyncio.wrap_future(future)
+
+    async def ended(self) -> None:
+        """Never returns: raises `EngineError` when the engine has stopped or is closed."""
+        future: Future[None] = Future()
+        self._put(future, lambda: None)
+        await asyncio.wrap_future(future)
 
     def close(self) -> None:
         """Stop the thread and the engine; unfinished requests fail with `EngineError`."""

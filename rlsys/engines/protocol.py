@@ -66,7 +66,11 @@ class Engine(Protocol):
         """Decode one token for every running response; return the groups that finished."""
 
     def apply(self, manifest: WeightManifest, buffer: Buffer) -> None:
-        """Serve the manifest's version from the next step on. Raises `WeightSyncError`, leaving the old one."""
+        """Serve the manifest's version from the next step on.
+
+        Raises `WeightSyncError` when it is refused and the old one is left as it was. After any other error what would
+        be served is unknown: the engine must not be used again.
+        """
 
     def shutdown(self) -> None:
         """Release the engine's resources."""

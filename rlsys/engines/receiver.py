@@ -18,7 +18,7 @@ from vllm.distributed.weight_transfer.base import (
 )
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 
-from rlsys.errors import WeightSyncError
+from rlsys.errors import EngineError, WeightSyncError
 from rlsys.versions import VOCAB_MULTIPLE, TensorSlot, WeightManifest
 
 BACKEND = "rlsys_buffer"
@@ -54,9 +54,10 @@ class BufferReceiver(WeightTransferEngine[BufferInit, BufferUpdate]):
         """A single chunk carries the whole version, so there is nothing to prepare."""
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
-        """Serve the buffer's parameters. Raises `WeightSyncError` for a version that is not whole.
+        """Serve the buffer's parameters.
 
-        What the first version consists of, every later one must: one that lacks a parameter changes nothing.
+        What the first version consists of, every later one must: one with other parameters is refused by a
+        `WeightSyncError`, and changes nothing. Whatever else is raised may leave parameters of two versions.
         """
         self.receive_weights(self.parse_update_info(update_info))
         if self.device.type != "cpu":  # vLLM's own method synchronises always; there may be no accelerator
@@ -74,7 +75,7 @@ class BufferReceiver(WeightTransferEngine[BufferInit, BufferUpdate]):
             return
         loaded = self.model.load_weights((slot.name, slot.view(update.buffer)) for slot in manifest.layout)
         if missing := {name for name, _ in self.model.named_parameters()} - set(loaded or ()):
-            raise WeightSyncError(f"version {manifest.version}: the model still lacks {', '.join(sorted(missing)[:3])}")
+            raise EngineError(f"version {manifest.version}: the model still lacks {', '.join(sorted(missing)[:3])}")
 
     def finish_weight_update(self) -> None:
         """The version is complete when `update_weights` returns."""

@@ -114,19 +114,25 @@ class VllmEngine:
         ]
 
     def apply(self, manifest: WeightManifest, buffer: Buffer) -> None:
-        """Swap in a verified version between two steps. Raises `WeightSyncError`; the old one keeps serving."""
+        """Swap in a verified version between two steps.
+
+        Raises `WeightSyncError` when it is refused before anything was changed; the old one keeps serving. Raises
+        `EngineError` when it failed half-way: parameters of two versions, or a cache of the old one, serve nobody.
+        """
         tensor = buffer if isinstance(buffer, torch.Tensor) else torch.frombuffer(buffer, dtype=torch.uint8)
         update = {"manifest": manifest, "buffer": tensor}
         self._engine.collective_rpc("start_weight_update")
         try:
             self._engine.collective_rpc("update_weights", args=(update,))
             self._engine.collective_rpc("finish_weight_update")
+        except WeightSyncError:
+            raise
         except Exception as error:
-            raise WeightSyncError(f"version {manifest.version} was not applied: {error}") from error
+            raise EngineError(f"version {manifest.version} was applied in part: {error}") from error
         self._engine.set_weight_version(str(manifest.version))
         self._version = manifest.version
         if self._reset_kv and not self._engine.reset_prefix_cache(reset_running_requests=True):
-            raise WeightSyncError(f"version {manifest.version}: vLLM did not reset its KV cache")
+            raise EngineError(f"version {manifest.version}: vLLM did not reset its KV cache")
 
     def backend_receiver(self, transport: str) -> BackendReceiver:
         """This worker's end of a transport that is one of vLLM's backends."""

@@ -28,7 +28,7 @@ REFUSED_AGAIN_S = 10.0
 class Ack:
     """A worker serves `version`; it took `apply_s` from sending, with decoding paused for `pause_s`.
 
-    `error` says why the version could not be served instead; the worker stays on its old one.
+    `error` says why the version could not be served instead; the worker stays on its old one, or its engine stopped.
     """
 
     worker: str

@@ -221,6 +221,37 @@ def test_a_version_that_lacks_a_parameter_is_refused_and_the_old_one_serves(
     assert served.gap(served.sample()) < EXACT
 
 
+def test_a_version_that_fails_half_way_is_no_refusal(serve: Engines, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some parameters are the new version's then. The driver stops the engine; here it is given the whole version."""
+    served = serve(scattered)
+    served.update()
+    served.learner.change()
+    manifest, buffer = served.layout(*served.learner.published())
+    model = served.receiver.model
+    load = model.load_weights
+
+    def half(weights: Iterator[tuple[str, torch.Tensor]]) -> None:
+        load(itertools.islice(weights, 5))
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(model, "load_weights", half)
+    with pytest.raises(EngineError, match="applied in part: out of memory") as error:
+        served.engine.apply(manifest, buffer)
+    assert not isinstance(error.value, WeightSyncError)
+    monkeypatch.undo()
+    served.engine.apply(manifest, buffer)
+    assert served.gap(served.sample()) < EXACT
+
+
+def test_a_cache_that_is_not_reset_is_no_refusal(serve: Engines, monkeypatch: pytest.MonkeyPatch) -> None:
+    served = serve(reset_kv_on_update=True)
+    served.learner.change()
+    manifest, buffer = served.layout(*served.learner.published())
+    monkeypatch.setattr(served.engine._engine, "reset_prefix_cache", lambda **_: False)
+    with pytest.raises(EngineError, match="did not reset its KV cache"):
+        served.engine.apply(manifest, buffer)
+
+
 class GivenBytes:
     """A transport whose payload is the bytes themselves."""
 

@@ -86,6 +86,8 @@ class FakeEngine:
         self._enter(f"apply {manifest.version}")
         if manifest.version < 0:
             raise WeightSyncError(f"version {manifest.version} was not applied")
+        if manifest.version > 99:
+            raise EngineError(f"version {manifest.version} was applied in part")
         self._version = manifest.version
 
     def shutdown(self) -> None:
@@ -253,7 +255,41 @@ def test_a_refused_version_leaves_the_old_one_serving_and_the_requests_running()
     drive(work)
 
 
+def test_a_version_that_fails_half_way_stops_the_engine_and_no_token_is_sampled_from_it() -> None:
+    async def work(driver: EngineDriver, engine: FakeEngine) -> None:
+        response = generate(driver, 3)
+        await step(engine, 1)
+        update = asyncio.create_task(driver.apply(manifest(100), NOTHING))
+        behind = asyncio.create_task(driver.apply(manifest(1), NOTHING))
+        await asyncio.sleep(0.01)
+        engine.free()
+        for waiting in (update, response, behind, asyncio.create_task(driver.apply(manifest(2), NOTHING))):
+            with pytest.raises(EngineError, match="the engine stopped: version 100 was applied in part"):
+                await waiting
+
+    assert drive(work).log == ["add", "step", "step", "apply 100"]
+
+
 # Failures
+
+
+def test_the_end_of_the_engine_is_told_to_all_who_wait_for_it_and_to_nobody_before() -> None:
+    """An idle worker has nobody else to fail; one that left waiting takes nothing with it."""
+
+    async def work(driver: EngineDriver, engine: FakeEngine) -> None:
+        engine.free()
+        left, *waiting = (asyncio.create_task(driver.ended()) for _ in range(3))
+        await generate(driver, 2)
+        left.cancel()
+        await driver.apply(manifest(1), NOTHING)
+        assert not any(task.done() for task in waiting)
+        with pytest.raises(EngineError):
+            await driver.apply(manifest(100), NOTHING)
+        for task in (*waiting, asyncio.create_task(driver.ended())):
+            with pytest.raises(EngineError, match="the engine stopped: version 100"):
+                await task
+
+    drive(work)
 
 
 def test_a_refused_prompt_fails_only_itself() -> None:
