@@ -1,7 +1,7 @@
 """A Ray cluster of one user on this machine: `rlsys up` starts it, `rlsys down` ends it and nothing else.
 
-It listens on loopback and asks for a token. A state file names its processes by id and time of birth, so that neither
-another cluster on this machine nor a process that has inherited an id is ever touched.
+It listens on loopback and asks for a token. A state file names its processes by id and birth, so that neither another
+cluster on this machine nor a process that has inherited an id is ever touched.
 """
 
 import contextlib
@@ -31,28 +31,35 @@ START_S = 300.0
 """A head that does not answer within this time is given up."""
 GRACE_S = 20.0
 """Time that processes get to end by themselves."""
-CLOCK_S = 2.0
-"""Two readings of one process's time of birth differ by less: the clock they are counted from may be adjusted."""
+BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+"""Another one each time the kernel starts."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Born:
-    """A process: ids are used again, an id and a time of birth are not."""
+    """A process: ids are used again, an id and a birth are not. No clock counts here that anybody can set."""
 
     pid: int
-    at: float
-    """Seconds since the epoch."""
+    ticks: int
+    """Of the kernel, from its start to the process's."""
+    boot: str
+    """The kernel's start."""
 
     @classmethod
     def of(cls, process: psutil.Process) -> "Born":
-        """The identity of a process that is there."""
-        return cls(pid=process.pid, at=process.create_time())
+        """The identity of a process that is there. Raises `psutil.NoSuchProcess`."""
+        try:
+            stat = Path(f"/proc/{process.pid}/stat").read_bytes()
+        except (FileNotFoundError, ProcessLookupError):
+            raise psutil.NoSuchProcess(process.pid) from None
+        after_name = stat.rpartition(b")")[2].split()  # from the third field on; a name may hold spaces
+        return cls(pid=process.pid, ticks=int(after_name[22 - 3]), boot=BOOT_ID.read_text().strip())
 
     def find(self) -> psutil.Process | None:
         """The process, unless it has ended."""
         with contextlib.suppress(psutil.NoSuchProcess):
             process = psutil.Process(self.pid)
-            if abs(process.create_time() - self.at) < CLOCK_S and _runs(process):
+            if Born.of(process) == self and _runs(process):
                 return process
         return None
 
@@ -118,7 +125,7 @@ def up(
         try:
             _write(home, cluster)  # from here on `down` finds it, whatever becomes of us
             _wait(home, cluster)
-            cluster = replace(cluster, processes=tuple(map(Born.of, _family(cluster))))
+            cluster = replace(cluster, processes=_born(_family(cluster)))
             _write(home, cluster)
         except BaseException:
             _clear(home, cluster)
@@ -252,6 +259,15 @@ def _family(cluster: LocalCluster) -> list[psutil.Process]:
         with contextlib.suppress(psutil.NoSuchProcess):
             found |= {process.pid: process for process in (known, *known.children(recursive=True))}
     return list(found.values())
+
+
+def _born(processes: Sequence[psutil.Process]) -> tuple[Born, ...]:
+    """Those that have not ended meanwhile."""
+    found: list[Born] = []
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            found.append(Born.of(process))
+    return tuple(found)
 
 
 def _wait_for_end(processes: Sequence[psutil.Process]) -> list[psutil.Process]:

@@ -13,7 +13,7 @@ LOCAL = LocalCluster(
     jobs="http://127.0.0.1:7002",
     token=Path("/state/token"),
     scratch=Path("/tmp/x"),
-    processes=(Born(pid=1, at=0.0),),
+    processes=(Born(pid=1, ticks=0, boot=""),),
 )
 
 

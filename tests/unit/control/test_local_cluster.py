@@ -101,10 +101,31 @@ def test_children_of_a_head_that_was_killed_are_still_found(home: Path) -> None:
 def test_a_process_that_has_inherited_the_id_is_not_the_cluster(home: Path, bystander: psutil.Process) -> None:
     cluster, _ = up(cpus=1)
     born = Born.of(bystander)
-    older = replace(cluster, processes=(*cluster.processes, replace(born, at=born.at - 3600)))
-    (home / "state.json").write_text(older.dump())
+    assert born.find() == bystander
+    others = (replace(born, ticks=born.ticks - 1), replace(born, boot="another start of this machine"))
+    (home / "state.json").write_text(replace(cluster, processes=(*cluster.processes, *others)).dump())
     down()
     assert bystander.is_running()
+
+
+def test_a_process_is_the_same_whatever_the_clock_says(
+    bystander: psutil.Process, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    born = Born.of(bystander)
+    monkeypatch.setattr(psutil.Process, "create_time", lambda process: 0.0)
+    assert born.find() is not None
+
+
+def test_a_process_may_be_named_as_the_table_of_processes_is_written(tmp_path: Path) -> None:
+    name = tmp_path / "a) R 1 (b"
+    name.symlink_to("/bin/sleep")
+    process = subprocess.Popen([str(name), "600"])
+    try:
+        ticks_to_now = time.clock_gettime(time.CLOCK_BOOTTIME) * os.sysconf("SC_CLK_TCK")
+        assert 0 < Born.of(psutil.Process(process.pid)).ticks <= ticks_to_now
+    finally:
+        process.kill()
+        process.wait()
 
 
 def test_the_state_survives_writing_and_reading() -> None:
@@ -113,7 +134,7 @@ def test_the_state_survives_writing_and_reading() -> None:
         jobs="http://127.0.0.1:2",
         token=Path("/a"),
         scratch=Path("/b"),
-        processes=(Born(pid=3, at=4.5), Born(pid=6, at=7.25)),
+        processes=(Born(pid=3, ticks=4, boot="x"), Born(pid=6, ticks=7, boot="x")),
     )
     assert LocalCluster.load(cluster.dump()) == cluster
 
