@@ -5,6 +5,7 @@ cluster on this machine nor a process that has inherited an id is ever touched.
 """
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
@@ -25,7 +26,7 @@ from typing import Any
 
 import psutil
 
-from rlsys.errors import ClusterError
+from rlsys.errors import ClusterError, ConfigError
 
 START_S = 300.0
 """A head that does not answer within this time is given up."""
@@ -112,7 +113,8 @@ def up(
 ) -> tuple[LocalCluster, bool]:
     """Start the cluster unless it is up; says whether it had to be started. A port of 0 is a free one.
 
-    Raises `ClusterError` with the end of the log when it does not come up; nothing is left of it then.
+    Raises `ConfigError` for a port that is taken, and `ClusterError` with the end of the log when the cluster does not
+    come up; nothing is left of it then.
     """
     home = state_home()
     with _alone(home):
@@ -121,6 +123,8 @@ def up(
             return found, False
         if found is not None:  # the machine was restarted, or somebody killed the head
             _clear(home, found)
+        _require_free("--port", port)
+        _require_free("--job-port", job_port)
         cluster = _spawn(home, cpus, port or _free_port(), job_port or _free_port(), object_store_gib)
         try:
             _write(home, cluster)  # from here on `down` finds it, whatever becomes of us
@@ -317,6 +321,15 @@ def _alone(home: Path) -> Iterator[None]:
     with (home / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
+
+
+def _require_free(option: str, port: int) -> None:
+    """Raise `ConfigError` when somebody listens there: it would be taken for our head, and be sent its token."""
+    try:
+        socket.create_server(("127.0.0.1", port)).close()
+    except OSError as error:
+        why = "in use" if error.errno == errno.EADDRINUSE else error.strerror
+        raise ConfigError(f"{option}={port}: {why}; choose another, or 0 for a free one") from error
 
 
 def _free_port() -> int:

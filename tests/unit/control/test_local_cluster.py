@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -14,7 +15,7 @@ import pytest
 
 from rlsys.control import local_cluster
 from rlsys.control.local_cluster import Born, LocalCluster, down, find_local, up
-from rlsys.errors import ClusterError
+from rlsys.errors import ClusterError, ConfigError
 
 HEAD_COMMAND = local_cluster.head_command
 """The real one."""
@@ -166,6 +167,19 @@ def test_a_head_that_does_not_come_up_is_explained_by_its_log_and_leaves_nothing
     with pytest.raises(ClusterError, match=r"(?s)it ended\. The end of its log:.*no shared memory"):
         up(cpus=1)
     assert sorted(path.name for path in home.iterdir()) == ["lock", "up.log"]
+
+
+@pytest.mark.parametrize("option", ["port", "job_port"])
+def test_a_port_of_somebody_else_is_refused_before_anything_starts(home: Path, option: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        taken = server.getsockname()[1]
+        given = {option: taken}
+        with pytest.raises(ConfigError, match=rf"--{option.replace('_', '-')}={taken}: in use; choose another, or 0"):
+            up(cpus=1, **given)
+        server.settimeout(0)
+        with pytest.raises(BlockingIOError):  # nobody knocked, so nobody brought a token
+            server.accept()
+    assert [path.name for path in home.iterdir()] == ["lock"]
 
 
 def test_the_head_takes_no_port_that_another_cluster_expects(tmp_path: Path) -> None:
