@@ -7,7 +7,7 @@ from typing import Any
 
 from ray.actor import ActorHandle
 
-from rlsys.control.ports import FinishedGroup, Payload, Update, WorkerLost
+from rlsys.control.ports import FinishedGroup, MakerLost, Payload, Update, WorkerLost
 from rlsys.control.remote import call, places_in
 from rlsys.errors import ClusterError, RlsysError
 from rlsys.weights.transport import WeightTicket
@@ -73,4 +73,6 @@ class RemoteLearner:
 
 def _weight(error: BaseException) -> int:
     """Which of several failures is the cause: an error of ours, then a death, then what follows from either."""
-    return 0 if isinstance(error, RlsysError) else 1 if isinstance(error, WorkerLost) else 2
+    if isinstance(error, MakerLost):  # of another rank perhaps, which says more
+        return 2
+    return 0 if isinstance(error, RlsysError) else 1 if isinstance(error, WorkerLost) else 3

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+from rlsys.errors import ClusterError
 from rlsys.observability.alarms import Alarm
 from rlsys.observability.spans import Span
 from rlsys.records import GroupScore, GroupSummary, LearnerStep, Prompt
@@ -26,6 +27,10 @@ class WorkerLost(Exception):
 
 class PayloadLost(Exception):
     """The node that held a payload is gone; what was in it has to be made again."""
+
+
+class MakerLost(ClusterError):
+    """The process that was to make a payload died before it did; who was to get it lives, and has done nothing."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -14,7 +14,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from rlsys.actors.bundle import Place
 from rlsys.actors.rollout import Request, RolloutStats
-from rlsys.control.ports import FinishedGroup, FleetStats, Payload, PayloadLost, WorkerLost
+from rlsys.control.ports import FinishedGroup, FleetStats, MakerLost, Payload, PayloadLost, WorkerLost
 from rlsys.errors import RlsysError
 from rlsys.observability.spans import Span
 from rlsys.records import GroupScore, GroupSummary, Prompt
@@ -27,7 +27,8 @@ from rlsys.weights.transport import WeightTicket
 async def call(reference: Any) -> Any:
     """The result of an actor call; a deliberate error of ours arrives as itself.
 
-    A dead actor arrives as `WorkerLost`; a call that was handed what a dead node held, as `PayloadLost`.
+    A dead actor arrives as `WorkerLost`; a call that was handed what a dead node held, as `PayloadLost`, and one that
+    was to get what a dead actor had not made yet, as `MakerLost`.
     """
     try:
         return await reference
@@ -46,9 +47,13 @@ def unwrap(reference: Any) -> Any:
 def _translate(error: Exception) -> Exception:
     if isinstance(error, RayTaskError) and isinstance(error.cause, RlsysError):
         return error.cause
-    if isinstance(error, ActorDiedError | ActorUnavailableError):
-        return WorkerLost(str(error))
     lost = error.cause if isinstance(error, RayTaskError) else error
+    if isinstance(lost, ActorDiedError | ActorUnavailableError):
+        if isinstance(error, RayTaskError):  # the actor that was called lives, and says so of its input
+            return MakerLost(
+                f"the process that made this call's input died; --resume goes on from the last checkpoint: {lost}"
+            )
+        return WorkerLost(str(lost))
     return PayloadLost(str(lost)) if isinstance(lost, ObjectLostError) else error
 
 

@@ -7,13 +7,16 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from ray.exceptions import ActorDiedError
+from ray.exceptions import ActorDiedError, RayTaskError
 
 from rlsys.control.learner import GRACE_S, RemoteLearner
 from rlsys.errors import ClusterError, NonFiniteError
 from tests.fakes import make_ticket, now, run
 
 Answer = Callable[[], Coroutine[Any, Any, Any]]
+
+WITHOUT_INPUT = RayTaskError("update", "Traceback ...", ActorDiedError()).as_instanceof_cause()
+"""As Ray raises it of a task whose input was to come from a dead actor."""
 
 
 def learner(*answers: Answer) -> RemoteLearner:
@@ -69,6 +72,22 @@ def test_a_rank_that_lost_touch_is_not_blamed() -> None:
     async def main() -> None:
         port = learner(after(2, RuntimeError("Connection closed by peer")), after(5, ActorDiedError()))
         assert await seconds_until(port.publish(), ClusterError, r"rank 1 of 2 died") == 5
+
+    run(main())
+
+
+def test_the_death_of_who_makes_the_input_is_not_the_learners() -> None:
+    async def main() -> None:
+        port = learner(after(1, WITHOUT_INPUT), after(1, WITHOUT_INPUT))
+        await seconds_until(port.publish(), ClusterError, r"^the process that made this call's input died")
+
+    run(main())
+
+
+def test_a_rank_that_got_no_input_from_a_dead_rank_is_not_blamed() -> None:
+    async def main() -> None:
+        port = learner(after(2, ActorDiedError()), after(1, WITHOUT_INPUT))
+        await seconds_until(port.publish(), ClusterError, r"rank 0 of 2 died")
 
     run(main())
 

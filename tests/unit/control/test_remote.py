@@ -1,9 +1,9 @@
 """What an actor call comes to: a value, an error of ours as itself, or what of the cluster was lost."""
 
 import pytest
-from ray.exceptions import ActorDiedError, ObjectLostError, RayTaskError
+from ray.exceptions import ActorDiedError, ActorUnavailableError, ObjectLostError, RayTaskError
 
-from rlsys.control.ports import PayloadLost, WorkerLost
+from rlsys.control.ports import MakerLost, PayloadLost, WorkerLost
 from rlsys.control.remote import call
 from rlsys.errors import RewardError
 from tests.fakes import run
@@ -27,6 +27,9 @@ LOST = ObjectLostError("00" * 28, "10.0.0.1:1", "here")
         (failed_task(RewardError("no")), RewardError),
         (failed_task(KeyError("a bug")), KeyError),
         (ActorDiedError(), WorkerLost),
+        (ActorUnavailableError("gone for a while", None), WorkerLost),
+        (failed_task(ActorDiedError()), MakerLost),
+        (failed_task(ActorUnavailableError("gone for a while", None)), MakerLost),
         (failed_task(LOST), PayloadLost),
         (LOST, PayloadLost),
     ],
