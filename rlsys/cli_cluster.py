@@ -2,7 +2,8 @@
 
 import asyncio
 import sys
-from contextlib import aclosing
+from collections.abc import Mapping, Sequence
+from contextlib import aclosing, suppress
 from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
@@ -89,21 +90,21 @@ def status(
     """Where runs stand: phase, policy version, staleness, effective sample size, workers, prompts."""
     from rlsys.control.access import find_access
     from rlsys.control.jobs import Jobs
-    from rlsys.control.runs import unknown
 
     access = find_access(address)
-    jobs = {job.run: job for job in reversed(Jobs(access).all())}
-    live = _live(access)
+    server = Jobs(access)
+    jobs = {job.run: job for job in reversed(server.all())}
     if run is not None:
-        if run not in {*live, *jobs}:
-            raise NoSuchRun(unknown(run, [*live, *jobs]))
-        _show_one(run, live.get(run), jobs.get(run), as_json)
-    elif as_json:
-        print_json([_facts(name, live.get(name), jobs.get(name)) for name in sorted({*live, *jobs})])
-    elif not live and not jobs:
+        _show_one(run, _look(access, server, run, jobs), jobs.get(run), as_json)
+        return
+    live, silent = _look_at_all(access)
+    names = sorted({*live, *silent, *jobs})
+    if as_json:
+        print_json([_facts(name, live.get(name), jobs.get(name)) for name in names])
+    elif not names:
         _say("no runs here; `rlsys submit CONFIG` starts one")
     else:
-        out.print(_list(live, jobs))
+        out.print(_list(names, live, jobs))
 
 
 def logs(
@@ -167,6 +168,15 @@ def scale(
     rollout: Annotated[int | None, typer.Option(help="Rollout workers to have.", show_default=False)] = None,
     reward: Annotated[int | None, typer.Option(help="Reward workers to have.", show_default=False)] = None,
     wait: Annotated[bool, typer.Option("--wait", help="Return when they are ready.")] = False,
+    timeout: Annotated[
+        float | None,
+        typer.Option(
+            min=0,
+            metavar="SECONDS",
+            help="With --wait: fail when they are not by then. Default: wait.",
+            show_default=False,
+        ),
+    ] = None,
     address: Address = None,
     as_json: AsJson = False,
 ) -> None:
@@ -177,11 +187,15 @@ def scale(
     wanted = {role: count for role, count in (("rollout", rollout), ("reward", reward)) if count is not None}
     if not wanted:
         raise ConfigError("nothing to change: give --rollout N, --reward N, or both")
+    if timeout is not None and not wait:
+        raise ConfigError(f"--timeout={timeout:g}: only --wait waits")
     with connected(find_access(address)):
         runs.scale(run, rollout=rollout, reward=reward)
         if wait:
             with err.status(f"waiting for the workers of {run}") as shown:
-                now = runs.wait_for_workers(run, wanted, lambda status: shown.update(f"{run}: {_workers(status)}"))
+                now = runs.wait_for_workers(
+                    run, wanted, lambda status: shown.update(f"{run}: {_workers(status)}"), within_s=timeout
+                )
         else:
             now = runs.look(run).status
     if as_json:
@@ -218,16 +232,49 @@ def up(
     _say("  rlsys down            ends it")
 
 
-def down(as_json: AsJson = False) -> None:
+def down(
+    force: Annotated[
+        bool, typer.Option("--force", help="Also while runs go on there: they end at once, without a checkpoint.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
     """End the cluster of `rlsys up` with everything that runs on it, and nothing else."""
+    from rlsys.control.access import Access
     from rlsys.control.local_cluster import down as end
+    from rlsys.control.local_cluster import find_local
 
+    local = find_local()
+    if local is not None and not force:
+        _require_idle(Access(jobs=local.jobs, ray=local.address, local=local))
     with err.status("ending the Ray cluster"):
         cluster = end()
     if as_json:
         print_json({"address": cluster.address if cluster else None})
     else:
         _say(f"ended {cluster.address}" if cluster else "nothing is up")
+
+
+def _require_idle(access: "Access") -> None:
+    """Raise `ClusterError` when runs go on there. Of a cluster that does not answer nobody can say that."""
+    from rlsys.control.access import connected, explained
+    from rlsys.control.jobs import Jobs
+    from rlsys.control.runs import look_at_all
+
+    going: dict[str, str] = {}
+    with suppress(ClusterError):
+        going |= {job.run: f"is about to start (job {job.status})" for job in Jobs(access).all() if not job.ended}
+    with suppress(ClusterError), connected(access), explained(access.ray):
+        live, silent = look_at_all()
+        going |= dict.fromkeys(silent, "does not answer")
+        for name, run in live.items():
+            going[name] = f"is {run.status.phase} (step {run.status.version} of {run.config.learner.steps})"
+    if going:
+        which = ", ".join(f"run {name!r} {how}" for name, how in sorted(going.items()))
+        one = next(iter(going)) if len(going) == 1 else "RUN"
+        raise ClusterError(
+            f"down: {which}; `rlsys stop {one}` ends it with a checkpoint, `rlsys down --force` "
+            f"{'at once' if len(going) == 1 else 'all of them at once'}"
+        )
 
 
 def _follow(jobs: "Jobs", job: "Job", address: str | None, *, to_stderr: bool) -> "Job":
@@ -263,17 +310,42 @@ def _job(jobs: "Jobs", name: str) -> "Job":
     raise NoSuchRun(unknown(name, {job.run for job in jobs.all()}))
 
 
-def _live(access: "Access") -> "dict[str, Live]":
-    """The runs that go on; none and a note when nothing but the job server can be reached."""
+def _look(access: "Access", server: "Jobs", run: str, jobs: "Mapping[str, Job]") -> "Live | None":
+    """Where one run stands, whatever the others do; None when there is only its job, with a note if it was not heard.
+
+    Raises `NoSuchRun`, and `ClusterError` when it goes on without a job and is not heard.
+    """
+    from rlsys.control.access import connected
+    from rlsys.control.runs import look, unknown
+
+    try:
+        with connected(access):
+            return look(run)
+    except ClusterError as error:
+        if run in jobs:
+            if not isinstance(error, NoSuchRun):  # it has ended, or not begun
+                _note(f"only its job is shown, not where it stands: {error}")
+            return None
+        live = server.live_runs()
+        if run in live:
+            raise
+        raise NoSuchRun(unknown(run, [*live, *jobs])) from None
+
+
+def _look_at_all(access: "Access") -> "tuple[dict[str, Live], list[str]]":
+    """The runs that go on, and those of them that do not answer; a note says what cannot be reached."""
     from rlsys.control.access import connected
     from rlsys.control.runs import look_at_all
 
     try:
         with connected(access):
-            return look_at_all()
+            live, silent = look_at_all()
     except ClusterError as error:
-        err.print(f"only jobs are shown, not where they stand: {error}", markup=False, highlight=False, soft_wrap=True)
-        return {}
+        _note(f"only jobs are shown, not where they stand: {error}")
+        return {}, []
+    for error in silent.values():
+        _note(str(error))
+    return live, list(silent)
 
 
 def _show_one(run: str, live: "Live | None", job: "Job | None", as_json: bool) -> None:
@@ -291,9 +363,9 @@ def _show_one(run: str, live: "Live | None", job: "Job | None", as_json: bool) -
         out.print(run_table(live.status, live.config))
 
 
-def _list(live: "dict[str, Live]", jobs: "dict[str, Job]") -> Table:
+def _list(names: Sequence[str], live: "Mapping[str, Live]", jobs: "Mapping[str, Job]") -> Table:
     table = Table("run", "phase", "step", "staleness", "ESS", "workers", "job", box=None, padding=(0, 2, 0, 0))
-    for name in sorted({*live, *jobs}):
+    for name in names:
         job = jobs[name].status if name in jobs else "–"
         if name not in live:
             table.add_row(name, *["–"] * 5, job)
@@ -338,6 +410,10 @@ def _say_next(run: str, address: str | None, to: Any = out) -> None:
 
 def _say(text: str) -> None:
     out.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def _note(text: str) -> None:
+    err.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 def _first_line(text: str) -> str:

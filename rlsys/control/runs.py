@@ -43,23 +43,35 @@ def require_free(name: str) -> None:
 
 def look(name: str) -> Live:
     """Where one run stands."""
-    controller = _controller(name)
-    status, config = _answers(name, [controller.status.remote(), controller.configuration.remote()])
-    return Live(config=config, status=status)
+    references = _ask(name)
+    return _live(name, references, _ready(references))
 
 
-def look_at_all() -> dict[str, Live]:
-    """Where every run stands; one that ends while it is asked is not among them."""
-    found: dict[str, Live] = {}
+def look_at_all() -> tuple[dict[str, Live], dict[str, ClusterError]]:
+    """Where every run stands, and what is wrong with those that do not answer, each by name; all are asked at once.
+
+    One that ends while it is asked is in neither.
+    """
+    asked: dict[str, list[Any]] = {}
     for name in names():
         with contextlib.suppress(NoSuchRun):
-            found[name] = look(name)
-    return found
+            asked[name] = _ask(name)
+    ready = _ready([reference for references in asked.values() for reference in references])
+    found, silent = dict[str, Live](), dict[str, ClusterError]()
+    for name, references in asked.items():
+        try:
+            found[name] = _live(name, references, ready)
+        except NoSuchRun:
+            pass
+        except ClusterError as error:
+            silent[name] = error
+    return found, silent
 
 
 def stop(name: str) -> None:
     """Ask a run to finish its step, write a checkpoint and end."""
-    _answers(name, [_controller(name).stop.remote()])
+    asked = [_controller(name).stop.remote()]
+    _answers(name, asked, _ready(asked))
 
 
 def kill(name: str) -> None:
@@ -69,13 +81,22 @@ def kill(name: str) -> None:
 
 def scale(name: str, *, rollout: int | None, reward: int | None) -> None:
     """Set how many workers a run should have. Raises what the run says against it."""
-    _answers(name, [_controller(name).scale.remote(rollout=rollout, reward=reward)])
+    asked = [_controller(name).scale.remote(rollout=rollout, reward=reward)]
+    _answers(name, asked, _ready(asked))
 
 
 def wait_for_workers(
-    name: str, wanted: Mapping[str, int], on_status: Callable[[Status], None] = lambda status: None
+    name: str,
+    wanted: Mapping[str, int],
+    on_status: Callable[[Status], None] = lambda status: None,
+    *,
+    within_s: float | None = None,
 ) -> Status:
-    """Wait until so many workers of each role are ready. Raises `ClusterError` when the run stops training before."""
+    """Wait until so many workers of each role are ready. None: however long it takes.
+
+    Raises `ClusterError` when the run stops training before, when it wants another number by now, or in time.
+    """
+    deadline = None if within_s is None else time.monotonic() + within_s
     while True:
         status = look(name).status
         on_status(status)
@@ -84,6 +105,18 @@ def wait_for_workers(
         ready = {role: counts.ready for role, counts in status.workers.items()}
         if wanted.items() <= ready.items():
             return status
+        for role, count in wanted.items():
+            if role in status.workers and (desired := status.workers[role].desired) != count:
+                raise ClusterError(
+                    f"run {name!r} wants {desired} {role} workers by now, not {count}: too many of them died young, "
+                    "scaling.policy=queue decided so, or somebody else did; events.jsonl in its directory says which"
+                )
+        if deadline is not None and time.monotonic() > deadline:
+            missing = ", ".join(f"{role} {ready.get(role, 0)}/{count}" for role, count in sorted(wanted.items()))
+            raise ClusterError(
+                f"run {name!r} has not got its workers ready within {within_s:g} s: {missing} ready. The run goes on "
+                "and takes them when they come; `ray status` lists demands that no node meets"
+            )
         time.sleep(LOOK_S)
 
 
@@ -110,9 +143,23 @@ def _controller(name: str) -> Any:
         raise NoSuchRun(unknown(name, names())) from None
 
 
-def _answers(name: str, references: list[Any]) -> list[Any]:
-    ready, _ = ray.wait(references, num_returns=len(references), timeout=ANSWER_S)
-    if len(ready) < len(references):
+def _ask(name: str) -> list[Any]:
+    controller = _controller(name)
+    return [controller.status.remote(), controller.configuration.remote()]
+
+
+def _live(name: str, references: list[Any], ready: list[Any]) -> Live:
+    status, config = _answers(name, references, ready)
+    return Live(config=config, status=status)
+
+
+def _ready(references: list[Any]) -> list[Any]:
+    """Those that are answered in time."""
+    return ray.wait(references, num_returns=len(references), timeout=ANSWER_S)[0] if references else []
+
+
+def _answers(name: str, references: list[Any], ready: list[Any]) -> list[Any]:
+    if not all(reference in ready for reference in references):
         raise ClusterError(f"run {name!r} does not answer for {ANSWER_S:.0f} s; `rlsys logs {name}` may say why")
     try:
         return [unwrap(reference) for reference in references]

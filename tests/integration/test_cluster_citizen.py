@@ -97,7 +97,7 @@ def cluster(rlsys: Citizen) -> Iterator[LocalCluster]:
     assert rlsys.told("up", "--cpus", "4")["started"]
     cluster = LocalCluster.load((rlsys.state / "rlsys" / "state.json").read_text())
     yield cluster
-    rlsys("down")
+    rlsys("down", "--force")
 
 
 @pytest.fixture(scope="module")
@@ -239,6 +239,13 @@ def test_a_run_is_scaled_while_it_trains(rlsys: Citizen, job: dict[str, Any]) ->
     assert after["metrics"]["staleness/max"] <= 3
     assert "rollout 2/2" in rlsys("status").stdout
     assert "rollout workers: 0: must be a whole number from 1 to 8" in rlsys.refused("scale", "run", "--rollout", "0")
+
+
+def test_a_cluster_on_which_a_run_trains_is_not_ended_by_the_way(rlsys: Citizen, job: dict[str, Any]) -> None:
+    said = rlsys.refused("down")
+    assert "down: run 'run' is training (step " in said
+    assert " of 5000); `rlsys stop run` ends it with a checkpoint, `rlsys down --force` at once" in said
+    assert rlsys.told("status", "run")["status"]["phase"] == "training"
 
 
 def test_a_stopped_run_finishes_its_step_and_writes_a_checkpoint(rlsys: Citizen, job: dict[str, Any]) -> None:

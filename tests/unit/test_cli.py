@@ -15,6 +15,7 @@ from rlsys.cli import app
 from rlsys.cli_view import RunView, out
 from rlsys.control.access import Access
 from rlsys.control.jobs import Job
+from rlsys.control.local_cluster import LocalCluster
 from rlsys.control.runs import Live
 from rlsys.control.service import Status
 from rlsys.errors import ClusterError, ConfigError, NoSuchRun
@@ -56,8 +57,13 @@ def test_every_command_has_help_with_an_example(command: str) -> None:
 
 @pytest.fixture
 def cluster(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> SimpleNamespace:
-    """A cluster with these jobs and live runs; `closed` to all but its job server."""
-    made = SimpleNamespace(jobs=[JOB], live={"run": Live(config=make_config(tmp_path), status=STATUS)}, closed=False)
+    """A cluster of `up` with these jobs and live runs, some of them `silent`; `closed` to all but its job server.
+
+    `ended` counts how often it was ended.
+    """
+    run = Live(config=make_config(tmp_path), status=STATUS)
+    made = SimpleNamespace(jobs=[JOB], live={"run": run}, silent=[], closed=False, ended=0)
+    local = LocalCluster(address="head", jobs="http://head", token=tmp_path, scratch=tmp_path, processes=())
 
     @contextmanager
     def connected(access: Access) -> Iterator[None]:
@@ -67,8 +73,27 @@ def cluster(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> SimpleNamespace:
 
     monkeypatch.setattr("rlsys.control.access.find_access", lambda address: Access(jobs="http://head", ray="head"))
     monkeypatch.setattr("rlsys.control.access.connected", connected)
-    monkeypatch.setattr("rlsys.control.jobs.Jobs", lambda access: SimpleNamespace(all=lambda: made.jobs))
-    monkeypatch.setattr("rlsys.control.runs.look_at_all", lambda: made.live)
+
+    def look(name: str) -> Live:
+        if name in made.silent:
+            raise ClusterError(f"run {name!r} does not answer for 60 s")
+        if name not in made.live:
+            raise NoSuchRun(name)
+        return made.live[name]
+
+    def look_at_all() -> tuple[dict[str, Live], dict[str, ClusterError]]:
+        return made.live, {name: ClusterError(f"run {name!r} does not answer for 60 s") for name in made.silent}
+
+    def end() -> LocalCluster:
+        made.ended += 1
+        return local
+
+    server = SimpleNamespace(all=lambda: made.jobs, live_runs=lambda: [*made.live, *made.silent])
+    monkeypatch.setattr("rlsys.control.jobs.Jobs", lambda access: server)
+    monkeypatch.setattr("rlsys.control.runs.look", look)
+    monkeypatch.setattr("rlsys.control.runs.look_at_all", look_at_all)
+    monkeypatch.setattr("rlsys.control.local_cluster.find_local", lambda: local)
+    monkeypatch.setattr("rlsys.control.local_cluster.down", end)
     monkeypatch.setattr(out, "width", 200)
     return made
 
@@ -97,6 +122,29 @@ def test_status_of_a_run_that_is_not_there_names_the_nearest(cluster: SimpleName
     assert "did you mean 'run'?" in str(refused.exception)
 
 
+def test_a_run_that_does_not_answer_hides_no_other(cluster: SimpleNamespace) -> None:
+    cluster.silent.append("deaf")
+    done = rlsys("status", "--json")
+    assert [(run["run"], run["status"] is not None) for run in json.loads(done.stdout)] == [
+        ("deaf", False),
+        ("run", True),
+    ]
+    assert done.stderr == "run 'deaf' does not answer for 60 s\n"
+    one = rlsys("status", "run", "--json")
+    assert (json.loads(one.stdout)["status"]["version"], one.stderr) == (7, "")
+
+
+def test_of_a_run_that_does_not_answer_the_job_is_shown_if_it_has_one(cluster: SimpleNamespace) -> None:
+    cluster.silent.append("deaf")
+    refused = rlsys("status", "deaf")
+    assert str(refused.exception) == "run 'deaf' does not answer for 60 s"
+    cluster.jobs.append(replace(JOB, run="deaf"))
+    done = rlsys("status", "deaf", "--json")
+    cluster.jobs.pop()
+    assert json.loads(done.stdout)["job"]["status"] == "RUNNING"
+    assert done.stderr == "only its job is shown, not where it stands: run 'deaf' does not answer for 60 s\n"
+
+
 def test_where_only_the_job_server_is_reached_jobs_are_shown_all_the_same(cluster: SimpleNamespace) -> None:
     cluster.closed = True
     done = rlsys("status", "--json")
@@ -104,6 +152,42 @@ def test_where_only_the_job_server_is_reached_jobs_are_shown_all_the_same(cluste
     assert [(run["run"], run["status"]) for run in json.loads(done.stdout)] == [("run", None)]
     assert "only jobs are shown" in done.stderr
     assert "ray://head:10001" in done.stderr
+
+
+def test_down_ends_no_run_unless_it_is_forced_to(cluster: SimpleNamespace) -> None:
+    refused = rlsys("down")
+    assert isinstance(refused.exception, ClusterError)
+    steps = cluster.live["run"].config.learner.steps
+    assert str(refused.exception) == (
+        f"down: run 'run' is training (step 7 of {steps}); `rlsys stop run` ends it with a checkpoint, "
+        "`rlsys down --force` at once"
+    )
+    assert cluster.ended == 0
+    assert json.loads(rlsys("down", "--force", "--json").stdout) == {"address": "head"}
+    assert cluster.ended == 1
+
+
+def test_down_counts_runs_that_have_not_begun_or_do_not_answer(cluster: SimpleNamespace) -> None:
+    cluster.live.clear()
+    cluster.silent.append("deaf")
+    assert str(rlsys("down").exception).startswith(
+        "down: run 'deaf' does not answer, run 'run' is about to start (job RUNNING); `rlsys stop RUN` ends"
+    )
+    assert cluster.ended == 0
+
+
+def test_down_ends_a_cluster_without_runs_and_one_that_does_not_answer(cluster: SimpleNamespace) -> None:
+    cluster.jobs = [replace(JOB, status="SUCCEEDED")]
+    live, cluster.live = cluster.live, {}
+    assert rlsys("down").exit_code == 0
+    cluster.live, cluster.closed = live, True
+    assert rlsys("down").exit_code == 0
+    assert cluster.ended == 2
+
+
+def test_only_who_waits_can_wait_for_so_long(cluster: SimpleNamespace) -> None:
+    refused = rlsys("scale", "run", "--rollout", "2", "--timeout", "5")
+    assert str(refused.exception) == "--timeout=5: only --wait waits"
 
 
 def test_a_scale_without_a_count_is_refused(cluster: SimpleNamespace) -> None:
@@ -114,7 +198,11 @@ def test_a_scale_without_a_count_is_refused(cluster: SimpleNamespace) -> None:
 
 def test_the_table_of_runs_shows_step_staleness_and_ess(cluster: SimpleNamespace) -> None:
     with out.capture() as shown:
-        out.print(cli_cluster._list(cluster.live, {"run": JOB, "old": replace(JOB, run="old", status="STOPPED")}))
+        out.print(
+            cli_cluster._list(
+                ["old", "run"], cluster.live, {"run": JOB, "old": replace(JOB, run="old", status="STOPPED")}
+            )
+        )
     old, run = shown.get().splitlines()[1:]
     assert run.split()[:3] == ["run", "training", f"7/{cluster.live['run'].config.learner.steps}"]
     assert "1.25 (max 3)" in run
