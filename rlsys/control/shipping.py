@@ -4,6 +4,7 @@ Never an environment: the cluster has Python, torch, vLLM and what else they nee
 """
 
 import json
+import os
 import shutil
 import site
 import sys
@@ -91,22 +92,27 @@ def _settle_paths(config: RunConfig, *, here: Path, shared: bool) -> tuple[RunCo
     if isinstance(config.task, JsonlTask):
         for field, path in (("task.path", config.task.path), ("task.eval_path", config.task.eval_path)):
             if path is not None and not path.is_absolute():
-                files[_below(path, here, field)] = here / path
+                place = _below(path, here, field)
+                files[place], changes[field] = here / path, str(place)
     overrides = [f"{field}={json.dumps(value)}" for field, value in changes.items()]
     return parse_config(config.model_dump(mode="json"), overrides), files
 
 
 def _below(path: Path, here: Path, field: str) -> Path:
-    """The place of a file relative to the working directory. Raises `ConfigError` when it has none, or no file."""
-    place = (here / path).resolve()
-    if not place.is_relative_to(here.resolve()):
+    """The place of a file relative to the working directory. Raises `ConfigError` when it has none, or no file.
+
+    It keeps the name that it is called by, also where that is a link: what is linked to travels in its place.
+    """
+    file, root = (here / path).resolve(), here.resolve()
+    if not file.is_relative_to(root):
         raise ConfigError(
             f"{field}={path}: only files below the working directory travel with a run; submit from a directory above "
             "it, or give an absolute path that the cluster sees"
         )
-    if not place.exists():
+    if not file.exists():
         raise ConfigError(f"{field}={path}: no such file")
-    return place.relative_to(here.resolve())
+    place = Path(os.path.normpath(here / path))
+    return place.relative_to(here) if place.is_relative_to(here) else file.relative_to(root)
 
 
 def own_code(modules: Mapping[str, ModuleType]) -> dict[Path, Path]:

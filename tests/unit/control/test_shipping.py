@@ -80,6 +80,29 @@ def test_data_below_the_working_directory_travels_to_the_same_relative_place(her
     assert shipment.config.task.path == Path("data/train.jsonl")  # type: ignore[union-attr]
 
 
+@pytest.mark.parametrize("path", ["link.jsonl", "./data/../data/./train.jsonl", "linked/train.jsonl"])
+def test_data_is_found_there_whichever_way_it_was_called(here: Path, path: str) -> None:
+    (here / "data" / "blob").write_text(ROWS)
+    (here / "link.jsonl").symlink_to("data/blob")
+    (here / "linked").symlink_to("data")
+    task = {"name": "jsonl", "path": path, "eval_size": 1}
+    shipment = prepare(config(run_dir="/r", task=task), here=here, shared=False)
+    target = here / "packed"
+    target.mkdir()
+    shipment.pack(target)
+    there = load_config(target / CONFIG).task.path  # type: ignore[union-attr]
+    assert there.suffix == ".jsonl", "it is read by its name"
+    assert (target / there).read_text() == ROWS
+    assert not (target / there).is_symlink()
+
+
+def test_what_is_included_lies_there_under_the_name_that_it_was_called_by(here: Path) -> None:
+    (here / "linked").symlink_to("data")
+    included = [Path("linked"), Path("data/../data/train.jsonl")]
+    shipment = prepare(config(run_dir="/r"), here=here, shared=False, include=included)
+    assert set(map(str, shipment.files)) == {"rlsys", "linked", "data/train.jsonl"}
+
+
 def test_data_outside_the_working_directory_is_refused(here: Path) -> None:
     (here / "below").mkdir()
     task = {"name": "jsonl", "path": "../data/train.jsonl", "eval_size": 1}
