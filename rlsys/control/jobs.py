@@ -58,19 +58,23 @@ class Jobs:
             self._client: Any = JobSubmissionClient(self._address)
 
     def submit(self, shipment: Shipment, *, resume: bool = False) -> Job:
-        """Start a run as a job, or go on with one. Raises `ClusterError` when one of its name goes on already."""
+        """Start a run as a job, or go on with one.
+
+        Raises `ClusterError` when one of its name goes on already, `ConfigError` for what cannot travel with it.
+        """
         name = shipment.config.name
         self._require_free(name)
         submission_id = f"rlsys-{re.sub(r'[^A-Za-z0-9_.-]+', '-', name)[:40]}-{secrets.token_hex(4)}"
-        with tempfile.TemporaryDirectory(prefix="rlsys-submit-") as directory, explained(self._address):
+        with tempfile.TemporaryDirectory(prefix="rlsys-submit-") as directory:
             shipment.pack(Path(directory))
-            self._client.submit_job(
-                entrypoint=f"python -m rlsys.cli train {CONFIG}{' --resume' if resume else ''}",
-                submission_id=submission_id,
-                runtime_env={"working_dir": directory, "env_vars": {"PYTHONUNBUFFERED": "1"}},
-                metadata={RUN: name, DIRECTORY: str(shipment.config.path)},
-            )
-            return _job(self._client.get_job_info(submission_id))
+            with explained(self._address):
+                self._client.submit_job(
+                    entrypoint=f"python -m rlsys.cli train {CONFIG}{' --resume' if resume else ''}",
+                    submission_id=submission_id,
+                    runtime_env={"working_dir": directory, "env_vars": {"PYTHONUNBUFFERED": "1"}},
+                    metadata={RUN: name, DIRECTORY: str(shipment.config.path)},
+                )
+                return _job(self._client.get_job_info(submission_id))
 
     def _require_free(self, name: str) -> None:
         for job in self.all():

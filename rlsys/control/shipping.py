@@ -3,13 +3,14 @@
 Never an environment: the cluster has Python, torch, vLLM and what else they need. What it lacks, it says.
 """
 
+import contextlib
 import json
 import os
 import shutil
 import site
 import sys
 import sysconfig
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -39,16 +40,24 @@ class Shipment:
     remarks: Sequence[str]
 
     def pack(self, target: Path) -> None:
-        """Copy everything into an empty directory. Raises `ConfigError` when it is too much."""
+        """Copy everything into an empty directory.
+
+        Raises `ConfigError` when it is too much, before anything is copied, and for what cannot be.
+        """
+        sources: dict[Path, Path] = {}
+        sizes: dict[Path, int] = {}
         for place, source in self.files.items():
-            into = target / place
-            into.parent.mkdir(parents=True, exist_ok=True)
-            if source.is_dir():
-                shutil.copytree(source, into, ignore=LEFT_BEHIND, dirs_exist_ok=True)
-            else:
-                shutil.copy2(source, into)
-        (target / CONFIG).write_text(dump_config(self.config))
-        _require_small(target)
+            with _packing(source):
+                found = dict(_files(place, source))
+                sizes |= {file: path.stat().st_size for file, path in found.items()}
+                sources |= found
+        _require_small(sizes)
+        for place, source in sources.items():
+            with _packing(source):
+                (target / place).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy2(source, target / place)
+        with _packing(Path(CONFIG)):
+            (target / CONFIG).write_text(dump_config(self.config))
 
 
 def prepare(config: RunConfig, *, here: Path, shared: bool, include: Sequence[Path] = ()) -> Shipment:
@@ -140,12 +149,38 @@ def _is_installed(path: Path) -> bool:
     return any(path.is_relative_to(way) for way in ways | {*site.getsitepackages(), site.getusersitepackages()})
 
 
-def _require_small(directory: Path) -> None:
-    files = [path for path in directory.rglob("*") if path.is_file()]
-    sizes = sorted(((path.stat().st_size, path) for path in files), reverse=True)
-    total = sum(size for size, _ in sizes) / (1 << 20)
+def _files(place: Path, source: Path) -> Iterator[tuple[Path, Path]]:
+    """Every file of what travels, by the place it gets. Raises `OSError` for a directory that cannot be read."""
+
+    def fail(error: OSError) -> None:
+        raise error
+
+    if not source.is_dir():
+        yield place, source
+        return
+    for directory, below, files in os.walk(source, onerror=fail, followlinks=True):
+        left = LEFT_BEHIND(directory, [*below, *files])
+        below[:] = [name for name in below if name not in left]
+        for name in files:
+            if name not in left:
+                path = Path(directory) / name
+                yield place / path.relative_to(source), path
+
+
+@contextlib.contextmanager
+def _packing(path: Path) -> Iterator[None]:
+    """Name what cannot be packed."""
+    try:
+        yield
+    except OSError as error:
+        raise ConfigError(f"cannot pack {path}: {error}") from error
+
+
+def _require_small(sizes: Mapping[Path, int]) -> None:
+    total = sum(sizes.values()) / (1 << 20)
     if total > LIMIT_MIB:
-        largest = ", ".join(f"{path.relative_to(directory)} ({size / (1 << 20):.0f} MiB)" for size, path in sizes[:3])
+        most = sorted(sizes, key=lambda place: sizes[place], reverse=True)[:3]
+        largest = ", ".join(f"{place} ({sizes[place] / (1 << 20):.0f} MiB)" for place in most)
         raise ConfigError(
             f"{total:.0f} MiB would travel with this run, at most {LIMIT_MIB} can; largest: {largest}. Put large files "
             "on storage that the cluster sees, and give their absolute path"

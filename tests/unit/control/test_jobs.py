@@ -11,7 +11,7 @@ import pytest
 from rlsys.control.access import Access
 from rlsys.control.jobs import DIRECTORY, RUN, Jobs
 from rlsys.control.shipping import CONFIG, Shipment
-from rlsys.errors import ClusterError
+from rlsys.errors import ClusterError, ConfigError
 from tests.fakes import make_config
 
 SERVER = Access(jobs="auto", ray="auto")
@@ -99,6 +99,13 @@ def test_a_run_is_submitted_with_its_files_and_without_an_environment(server: Fa
     assert (job.run, job.directory, job.status) == (shipment.config.name, str(shipment.config.path), "PENDING")
     assert job.submission_id.startswith(f"rlsys-{job.run}-")
     assert not Path(server.environment["working_dir"]).exists()
+
+
+def test_what_cannot_travel_is_not_blamed_on_the_cluster(server: FakeServer, shipment: Shipment) -> None:
+    shipment.files[Path("mine.py")].unlink()
+    with pytest.raises(ConfigError, match=r"^cannot pack .*mine.py"):
+        Jobs(SERVER).submit(shipment)
+    assert server.jobs == []
 
 
 def test_a_run_can_be_gone_on_with(server: FakeServer, shipment: Shipment) -> None:

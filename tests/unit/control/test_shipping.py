@@ -1,6 +1,7 @@
 """What travels with a submitted run, what is refused, and that paths keep their meaning."""
 
 import json
+import os
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -177,3 +178,29 @@ def test_too_much_is_refused_by_name(here: Path) -> None:
     target.mkdir()
     with pytest.raises(ConfigError, match=rf"at most {LIMIT_MIB} can; largest: data/huge \({LIMIT_MIB + 1} MiB\)"):
         shipment.pack(target)
+    assert list(target.iterdir()) == [], "it was copied before it was measured"
+
+
+def test_what_cannot_be_packed_is_named(here: Path) -> None:
+    (here / "data" / "nowhere").symlink_to("absent")
+    shipment = prepare(config(run_dir="/r"), here=here, shared=False, include=[Path("data")])
+    target = here / "packed"
+    target.mkdir()
+    with pytest.raises(ConfigError, match=rf"^cannot pack {here}/data: .*No such file or directory: '.*/nowhere'"):
+        shipment.pack(target)
+    (here / "data" / "nowhere").unlink()
+    (here / "data" / ".hidden").symlink_to("absent")
+    os.mkfifo(here / "data" / "pipe")
+    with pytest.raises(ConfigError, match=rf"^cannot pack {here}/data/pipe: .*is a named pipe"):
+        shipment.pack(target)
+
+
+def test_what_travels_twice_counts_once(here: Path) -> None:
+    with (here / "data" / "huge").open("wb") as file:
+        file.truncate((LIMIT_MIB // 2 + 1) << 20)
+    included = [Path("data"), Path("data/huge")]
+    shipment = prepare(config(run_dir="/r"), here=here, shared=False, include=included)
+    target = here / "packed"
+    target.mkdir()
+    shipment.pack(target)
+    assert sorted(path.name for path in (target / "data").iterdir()) == ["huge", "train.jsonl"]
