@@ -119,14 +119,18 @@ class CollectiveSync(WeightSync):
         return cast(Member, self._workers[name])
 
     async def _conduct(self) -> None:
-        """Consumes versions and joining workers, produces acknowledgements; a version that somebody lacks wakes it."""
-        while self._workers:
+        """Consumes versions and joining workers, produces acknowledgements; a version that somebody lacks wakes it.
+
+        Ends when the last group has been given up and nobody is there; who joined meanwhile found it at work.
+        """
+        while self._workers or self._group is not None:
             async with self._changed:
                 await self._changed.wait_for(lambda: self._lacking() or not self._workers)
                 ticket, names = self._ticket, self._lacking()
             if ticket is not None and names:
                 await self._retry(ticket, await self._attempt(ticket, names))
-        await self._give_up()
+            if not self._workers:
+                await self._give_up()
 
     def _lacking(self) -> tuple[str, ...]:
         """Workers that are to get the published version now."""

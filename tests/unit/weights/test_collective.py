@@ -89,6 +89,11 @@ class Party:
 @dataclass
 class Learner(Party):
     fail: Callable[[int], Exception | None] = lambda version: None
+    leave_s: float = 0.0
+
+    async def leave(self, epoch: int) -> None:
+        await asyncio.sleep(self.leave_s)
+        await super().leave(epoch)
 
     async def listen(self) -> tuple[str, int]:
         return "10.0.0.1", 4711
@@ -313,6 +318,21 @@ def test_removing_the_only_worker_in_mid_broadcast_releases_the_learner() -> Non
         assert fleet.learner.left == [1]
 
     with_fleet(work)
+
+
+def test_a_worker_that_joins_while_the_last_group_is_given_up_is_caught_up() -> None:
+    async def work(fleet: Fleet) -> None:
+        fleet.learner.leave_s = 2
+        await fleet.add("a")
+        await fleet.sync.publish(make_ticket(1))
+        await fleet.sync.remove("a")
+        await asyncio.sleep(1)
+        assert fleet.learner.left == [], "the group was given up before anybody could join meanwhile"
+        worker = await fleet.add("b")
+        await asyncio.sleep(2)
+        assert worker.served == [1]
+
+    assert with_fleet(work).network.formed == [("a",), ("b",)]
 
 
 def test_a_worker_that_comes_back_under_its_name_is_caught_up() -> None:
