@@ -48,13 +48,14 @@ class ControllerActor:
         from rlsys.control.build import build
 
         self._loop, _, journal = await build(self._config, self._path, self._resume)
-        if self._stopping:
-            self._loop.stop()
-        self._loop.workers.scale("asked for", **self._asked)
-        if self._config.observability.prometheus:
-            journal.event("metrics_endpoint", metrics_endpoint())
         try:
-            self._phase = "training"
+            self._loop.workers.scale("asked for", **self._asked)
+            if self._config.observability.prometheus:
+                journal.event("metrics_endpoint", metrics_endpoint())
+            if self._stopping:  # it was asked to before there was anything to stop
+                self._loop.stop()
+            else:
+                self._phase = "training"
             await self._loop.run()
             self._phase = "saving"
             await self._loop.checkpoint()
