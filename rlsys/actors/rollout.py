@@ -48,7 +48,6 @@ class RolloutStats:
     generated_tokens: int
     busy_s: float
     paused_s: float
-    pending: int
     serving_version: PolicyVersion
 
 
@@ -192,6 +191,5 @@ class RolloutActor:
             generated_tokens=driver.generated_tokens,
             busy_s=driver.busy_s,
             paused_s=driver.paused_s,
-            pending=driver.pending,
             serving_version=driver.serving_version,
         )

@@ -50,11 +50,6 @@ class Fleet:
         optional = {"reference": self.reference, "probe": self.probe, "audit": self.audit}
         return found | {name: h for name, h in optional.items() if h is not None} | {"recorder": self.recorder}
 
-    @property
-    def all(self) -> list[ActorHandle]:
-        """Every actor."""
-        return [*self.roles.values(), self.weights]
-
 
 def start_actors(config: RunConfig, path: str, resume: Path | None, version: int) -> Fleet:
     """Create all actors at once; they load in parallel. `path` is the initial model, also the reference."""
@@ -87,12 +82,16 @@ def start_actors(config: RunConfig, path: str, resume: Path | None, version: int
 
 
 async def build(config: RunConfig, path: str, resume: Path | None) -> tuple[TrainingLoop, Fleet, RunJournal]:
-    """A loop ready to run. Returns when the learner, the reference and every worker have loaded."""
+    """A loop ready to run. Returns when the learner, the reference and every worker have loaded.
+
+    Raises `ClusterError` when one of them dies of it.
+    """
     trainer_state = read_extra(resume) if resume else {}
     version = int(trainer_state.get("version", 0))
     fleet = start_actors(config, path, resume, version)
     prompts = await asyncio.to_thread(load_prompts, config, path)
     ready = [RemoteLearner(fleet.learner).load(), *(worker.stats.remote() for worker in fleet.rollouts.values())]
+    ready += [worker.__ray_ready__.remote() for worker in fleet.rewards.values()]
     ready += [handle.ready.remote() for handle in (fleet.reference, fleet.probe, fleet.audit) if handle is not None]
     try:
         await remote.all_ready(ready)
