@@ -38,7 +38,7 @@ def test_nothing_that_could_be_broken_is_imported() -> None:
 @pytest.mark.parametrize(
     ("version", "fits"), [((3, 10, 9), False), ((3, 11, 0), True), ((3, 12, 8), True), ((3, 13, 0), False)]
 )
-def test_pythons_outside_the_locks_fail(version: tuple[int, int, int], fits: bool) -> None:
+def test_pythons_on_which_rlsys_does_not_run_fail(version: tuple[int, int, int], fits: bool) -> None:
     assert doctor.check_python(version).ok is fits
 
 
