@@ -11,10 +11,11 @@ import typer
 from rich.table import Table
 
 from rlsys import cli_cluster as cluster
+from rlsys import cli_local as local
 from rlsys.cli_dashboard import dashboard
 from rlsys.cli_lab import app as lab
 from rlsys.cli_report import report
-from rlsys.cli_view import RunView, err, number, out, print_json, shown
+from rlsys.cli_view import AsJson, RunView, err, number, out, print_json, shown
 from rlsys.config import RunConfig, load_config
 from rlsys.errors import RlsysError
 
@@ -33,7 +34,6 @@ Overrides = Annotated[
         metavar="[SECTION.FIELD=VALUE]...", help="Changes to it, e.g. rollout.workers=2.", show_default=False
     ),
 ]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for programs instead of text for people.")]
 
 
 def main() -> None:
@@ -93,7 +93,7 @@ def train(
         ("the same, as it goes on", f"scripts/run dashboard {root}"),
         ("every metric", f"{root}/metrics.jsonl"),
         ("every token", f"{root}/rollouts/"),
-        ("check the policy", f"scripts/run eval {shown(result.checkpoint)} {config}"),
+        ("check the policy", f"scripts/run eval {shown(result.checkpoint)}"),
         ("serve it", f"python -m vllm.entrypoints.openai.api_server --model {shown(result.checkpoint)}"),
     ):
         out.print(f"  {what:<24} {where}", markup=False, highlight=False, soft_wrap=True)
@@ -183,17 +183,17 @@ COMMANDS = (
     (HERE, "train", train, "rlsys train configs/quickstart.yaml staleness.max=0 learner.steps=50"),
     (HERE, "warmstart", warmstart, "rlsys warmstart configs/quickstart.yaml seed=1"),
     (HERE, "doctor", doctor, "rlsys doctor --json"),
-    (CLUSTER, "up", cluster.up, "rlsys up --cpus 4"),
+    (CLUSTER, "up", local.up, "rlsys up --cpus 4"),
     (CLUSTER, "submit", cluster.submit, "rlsys submit configs/quickstart.yaml rollout.workers=2 --follow"),
     (CLUSTER, "status", cluster.status, "rlsys status quickstart"),
     (CLUSTER, "logs", cluster.logs, "rlsys logs quickstart --follow"),
     (CLUSTER, "scale", cluster.scale, "rlsys scale quickstart --rollout 3 --wait"),
     (CLUSTER, "stop", cluster.stop, "rlsys stop quickstart"),
-    (CLUSTER, "down", cluster.down, "rlsys down"),
+    (CLUSTER, "down", local.down, "rlsys down"),
     (LOOK, "dashboard", dashboard, "rlsys dashboard quickstart"),
     (LOOK, "report", report, "rlsys report runs/quickstart"),
-    (LOOK, "eval", evaluate, "rlsys eval runs/quickstart/checkpoints/step-000110 configs/quickstart.yaml"),
-    (LOOK, "export", export, "rlsys export runs/quickstart/checkpoints/step-000110 exported/"),
+    (LOOK, "eval", evaluate, "rlsys eval runs/quickstart/checkpoints/step-000120"),
+    (LOOK, "export", export, "rlsys export runs/quickstart/checkpoints/step-000120 exported/"),
 )
 for panel, name, command, example in COMMANDS:
     app.command(name, epilog=f"Example: {example}", rich_help_panel=panel)(command)

@@ -1,9 +1,9 @@
-"""`rlsys up | submit | status | logs | scale | stop | down`: runs on a Ray cluster, from whatever may reach it."""
+"""`rlsys submit | status | logs | scale | stop`: runs on a Ray cluster, from whatever may reach it."""
 
 import asyncio
 import sys
 from collections.abc import Mapping, Sequence
-from contextlib import aclosing, suppress
+from contextlib import aclosing
 from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
-from rlsys.cli_view import err, number, out, print_json, run_table
+from rlsys.cli_view import AsJson, err, note, number, out, print_json, run_table, say
 from rlsys.config import load_config
 from rlsys.errors import ClusterError, ConfigError, NoSuchRun
 
@@ -31,7 +31,6 @@ Address = Annotated[
     ),
 ]
 Run = Annotated[str, typer.Argument(metavar="RUN", help="A run's name; `rlsys status` lists them.", show_default=False)]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for programs instead of text for people.")]
 
 
 def submit(
@@ -67,9 +66,9 @@ def submit(
     jobs = Jobs(access)
     job = jobs.submit(shipment, resume=resume)
     if not as_json:
-        _say(f"submitted {job.run} as job {job.submission_id}; its files land in {job.directory}")
+        say(f"submitted {job.run} as job {job.submission_id}; its files land in {job.directory}")
         for remark in shipment.remarks:
-            _say(f"  note: {remark}")
+            say(f"  note: {remark}")
         _say_next(job.run, address)
     if follow:
         job = _follow(jobs, job, address, to_stderr=as_json)
@@ -102,7 +101,7 @@ def status(
     if as_json:
         print_json([_facts(name, live.get(name), jobs.get(name)) for name in names])
     elif not names:
-        _say("no runs here; `rlsys submit CONFIG` starts one")
+        say("no runs here; `rlsys submit CONFIG` starts one")
     else:
         out.print(_list(names, live, jobs))
 
@@ -158,9 +157,9 @@ def stop(
     if as_json:
         print_json({"run": run, "submission_id": job.submission_id if job else None, "now": now})
     elif now:
-        _say(f"ended {run}; its last checkpoint is what it had written by itself")
+        say(f"ended {run}; its last checkpoint is what it had written by itself")
     else:
-        _say(f"{run} finishes its step, writes a checkpoint and ends" + (f": {job.directory}" if job else ""))
+        say(f"{run} finishes its step, writes a checkpoint and ends" + (f": {job.directory}" if job else ""))
 
 
 def scale(
@@ -201,80 +200,7 @@ def scale(
     if as_json:
         print_json({"run": run, "workers": {role: asdict(count) for role, count in now.workers.items()}})
     else:
-        _say(f"{run}: {_workers(now)}")
-
-
-def up(
-    cpus: Annotated[
-        int | None,
-        typer.Option(min=1, help="CPUs to offer: one a rollout worker, one the learner. Default: this machine's."),
-    ] = None,
-    port: Annotated[int, typer.Option(min=0, max=65535, help="Where Ray listens; 0: a free one.")] = 0,
-    job_port: Annotated[
-        int, typer.Option(min=0, max=65535, help="Where the job server and Ray's dashboard listen; 0: a free one.")
-    ] = 0,
-    object_store_gib: Annotated[float, typer.Option(min=0.1, help="Shared memory for weights and batches.")] = 1.0,
-    as_json: AsJson = False,
-) -> None:
-    """Start a Ray cluster of your own on this machine, on loopback and with a token. The other commands find it."""
-    from rlsys.control.access import ALONE
-    from rlsys.control.local_cluster import up as start
-
-    with err.status("starting a Ray cluster"):
-        cluster, started = start(cpus=cpus, port=port, job_port=job_port, object_store_gib=object_store_gib)
-    if as_json:
-        print_json({"address": cluster.address, "jobs": cluster.jobs, "token": str(cluster.token), "started": started})
-        return
-    _say(f"{'up' if started else 'already up'}: {cluster.address}, jobs and Ray's dashboard at {cluster.jobs}")
-    _say(f"  its token is in {cluster.token}; rlsys finds both by itself, other programs need")
-    _say(f"  RAY_ADDRESS={cluster.address} RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH={cluster.token} {ALONE}=0")
-    _say("  rlsys submit CONFIG   trains on it")
-    _say("  rlsys down            ends it")
-
-
-def down(
-    force: Annotated[
-        bool, typer.Option("--force", help="Also while runs go on there: they end at once, without a checkpoint.")
-    ] = False,
-    as_json: AsJson = False,
-) -> None:
-    """End the cluster of `rlsys up` with everything that runs on it, and nothing else."""
-    from rlsys.control.access import Access
-    from rlsys.control.local_cluster import down as end
-    from rlsys.control.local_cluster import find_local
-
-    local = find_local()
-    if local is not None and not force:
-        _require_idle(Access(jobs=local.jobs, ray=local.address, local=local))
-    with err.status("ending the Ray cluster"):
-        cluster = end()
-    if as_json:
-        print_json({"address": cluster.address if cluster else None})
-    else:
-        _say(f"ended {cluster.address}" if cluster else "nothing is up")
-
-
-def _require_idle(access: "Access") -> None:
-    """Raise `ClusterError` when runs go on there. Of a cluster that does not answer nobody can say that."""
-    from rlsys.control.access import connected, explained
-    from rlsys.control.jobs import Jobs
-    from rlsys.control.runs import look_at_all
-
-    going: dict[str, str] = {}
-    with suppress(ClusterError):
-        going |= {job.run: f"is about to start (job {job.status})" for job in Jobs(access).all() if not job.ended}
-    with suppress(ClusterError), connected(access), explained(access.ray):
-        live, silent = look_at_all()
-        going |= dict.fromkeys(silent, "does not answer")
-        for name, run in live.items():
-            going[name] = f"is {run.status.phase} (step {run.status.version} of {run.config.learner.steps})"
-    if going:
-        which = ", ".join(f"run {name!r} {how}" for name, how in sorted(going.items()))
-        one = next(iter(going)) if len(going) == 1 else "RUN"
-        raise ClusterError(
-            f"down: {which}; `rlsys stop {one}` ends it with a checkpoint, `rlsys down --force` "
-            f"{'at once' if len(going) == 1 else 'all of them at once'}"
-        )
+        say(f"{run}: {_workers(now)}")
 
 
 def _follow(jobs: "Jobs", job: "Job", address: str | None, *, to_stderr: bool) -> "Job":
@@ -324,7 +250,7 @@ def _look(access: "Access", server: "Jobs", run: str, jobs: "Mapping[str, Job]")
     except ClusterError as error:
         if run in jobs:
             if not isinstance(error, NoSuchRun):  # it has ended, or not begun
-                _note(f"only its job is shown, not where it stands: {error}")
+                note(f"only its job is shown, not where it stands: {error}")
             return None
         live = server.live_runs()
         if run in live:
@@ -341,10 +267,10 @@ def _look_at_all(access: "Access") -> "tuple[dict[str, Live], list[str]]":
         with connected(access):
             live, silent = look_at_all()
     except ClusterError as error:
-        _note(f"only jobs are shown, not where they stand: {error}")
+        note(f"only jobs are shown, not where they stand: {error}")
         return {}, []
-    for error in silent.values():
-        _note(str(error))
+    for why in silent.values():
+        note(str(why))
     return live, list(silent)
 
 
@@ -353,13 +279,11 @@ def _show_one(run: str, live: "Live | None", job: "Job | None", as_json: bool) -
         print_json(_facts(run, live, job))
         return
     if job is not None:
-        _say(
-            f"{run}: job {job.submission_id} {job.status}, submitted {_when(job.started_at)}, files in {job.directory}"
-        )
+        say(f"{run}: job {job.submission_id} {job.status}, submitted {_when(job.started_at)}, files in {job.directory}")
         if job.ended:
-            _say(f"  {_first_line(job.message)}")
+            say(f"  {_first_line(job.message)}")
     if live is not None:
-        _say(f"{run}: {live.status.phase}, step {live.status.version} of {live.config.learner.steps}")
+        say(f"{run}: {live.status.phase}, step {live.status.version} of {live.config.learner.steps}")
         out.print(run_table(live.status, live.config))
 
 
@@ -406,14 +330,6 @@ def _say_next(run: str, address: str | None, to: Any = out) -> None:
         ("end it with a checkpoint", f"rlsys stop {run}{where}"),
     ):
         to.print(f"  {what:<26} {command}", markup=False, highlight=False, soft_wrap=True)
-
-
-def _say(text: str) -> None:
-    out.print(text, markup=False, highlight=False, soft_wrap=True)
-
-
-def _note(text: str) -> None:
-    err.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 def _first_line(text: str) -> str:

@@ -1,11 +1,12 @@
 """`rlsys dashboard`: run directories as pages in a browser."""
 
-import json
 import sys
 from typing import Annotated
 
 import typer
 from rich.console import Console
+
+from rlsys.cli_view import AsJson, print_json
 
 out = Console(highlight=False, soft_wrap=True)
 
@@ -18,7 +19,7 @@ def dashboard(
         str, typer.Option(help="Address to listen on; anything but loopback demands a token.")
     ] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0: a free one.")] = 0,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the address as JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Show runs, finished or under way, in a browser; with several also how they compare. Ends with Ctrl-C."""
     from rlsys.dashboard import serve
@@ -26,7 +27,7 @@ def dashboard(
 
     def tell(url: str) -> None:
         if as_json:
-            sys.stdout.write(json.dumps({"url": url, "runs": [str(path) for path in directories]}) + "\n")
+            print_json({"url": url, "runs": [str(path) for path in directories]})
         else:
             out.print(f"dashboard of {', '.join(path.name for path in directories)}:", markup=False)
             out.print(f"  {url}", markup=False)

@@ -3,8 +3,6 @@
 The first three answer exactly, from enumerable policies; the last one measures on a run.
 """
 
-import json
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +14,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from rlsys.cli_view import AsJson, print_json
 from rlsys.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -35,7 +34,6 @@ app = typer.Typer(
 out = Console(highlight=False, soft_wrap=True)
 err = Console(stderr=True)
 
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for programs instead of text for people.")]
 OutDirectory = Annotated[
     Path | None, typer.Option("--out", help="Directory for JSON, Markdown and pictures.", show_default=False)
 ]
@@ -89,7 +87,7 @@ def study(
     if out_dir is not None:
         _write_study(result, out_dir)
     if as_json:
-        _print_json(study_to_json(result))
+        print_json(study_to_json(result))
         return
     _print_study(result)
     if out_dir is not None:
@@ -115,7 +113,7 @@ def claims(
     if out_dir is not None:
         _write_claims(reports, out_dir)
     if as_json:
-        _print_json(claims_to_json(reports))
+        print_json(claims_to_json(reports))
     else:
         failed = [report.number for report in reports if not report.passed]
         seconds = sum(report.seconds for report in reports)
@@ -178,7 +176,7 @@ def gradient(
             on_step=lambda done, of: progress.update(task, completed=done / of, description="gradient"),
         )
     if as_json:
-        _print_json(_gradient_to_json(report))
+        print_json(_gradient_to_json(report))
         return
     table = Table(box=None, title="gradient of the batch against two fresh ones, at V", title_justify="left")
     for name in ("V", "staleness", "groups", "cosine", "floor", "norm ratio", "kept"):
@@ -311,7 +309,3 @@ def _numbers(field: str, text: str) -> tuple[int, ...]:
 
 def _names(text: str) -> tuple[str, ...]:
     return tuple(part.strip() for part in text.split(","))
-
-
-def _print_json(data: "Json") -> None:
-    sys.stdout.write(json.dumps(data, ensure_ascii=False) + "\n")

@@ -1,13 +1,13 @@
 """`rlsys report`: a run, or several side by side, as a page to send to somebody."""
 
-import json
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
 from rich.text import Text
+
+from rlsys.cli_view import AsJson, print_json
 
 out = Console(highlight=False, soft_wrap=True)
 
@@ -24,9 +24,7 @@ def report(
     out_dir: Annotated[
         Path | None, typer.Option("--out", help="Where to write. Default: the first run's directory.")
     ] = None,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print JSON for programs instead of text for people.")
-    ] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Write what a run did as one HTML page and as Markdown; of several runs, what differs and what came of it."""
     from rlsys.observability.report import write_report
@@ -34,7 +32,7 @@ def report(
     written = write_report(runs, out_dir)
     if as_json:
         paths = {"html": str(written.html), "markdown": str(written.markdown)}
-        sys.stdout.write(json.dumps({**paths, "runs": written.facts}, indent=2) + "\n")
+        print_json({**paths, "runs": written.facts})
         return
     for label, summary in written.summaries.items():
         out.print(Text(label, style="bold"))

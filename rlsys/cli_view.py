@@ -4,8 +4,9 @@ import json
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import typer
 from rich.console import Console, Group
 from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -15,6 +16,9 @@ from rlsys.config import RunConfig
 
 out = Console()
 err = Console(stderr=True)
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for programs instead of text for people.")]
+"""The option that every command with something to tell has; `print_json` is what it asks for."""
 
 LINE_S = 10.0
 """Between two lines of progress where there is no terminal to draw on."""
@@ -124,6 +128,16 @@ def run_table(status: Any, config: RunConfig) -> Table:
     ):
         table.add_row(f"[bold]{name}[/]", value)
     return table
+
+
+def say(text: str) -> None:
+    """A line as it is, on standard output."""
+    out.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def note(text: str) -> None:
+    """A line beside what was asked for, on standard error."""
+    err.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 def print_json(value: Any) -> None:

@@ -26,7 +26,7 @@ ROWS = [
     {"actors"},
     {"control"},
     {"cli_view"},  # what they show
-    {"cli_cluster", "cli_dashboard", "cli_lab", "cli_report"},  # commands of one subject, mounted by cli
+    {"cli_cluster", "cli_dashboard", "cli_lab", "cli_local", "cli_report"},  # commands of one subject, mounted by cli
     {"cli", "__main__", ""},  # "": the package itself, which offers what is public
 ]
 ROW_OF = {room: row for row, rooms in enumerate(ROWS) for room in rooms}

@@ -15,6 +15,7 @@ from rlsys.cli import app
 from rlsys.cli_view import RunView, out
 from rlsys.control.access import Access
 from rlsys.control.jobs import Job
+from rlsys.control.lifecycle import TrainResult
 from rlsys.control.local_cluster import LocalCluster
 from rlsys.control.runs import Live
 from rlsys.control.service import Status
@@ -22,6 +23,7 @@ from rlsys.errors import ClusterError, ConfigError, NoSuchRun
 from rlsys.scheduling.crew import WorkerCounts
 from tests.fakes import make_config
 
+CONFIG = Path(__file__).parents[2] / "configs" / "quickstart.yaml"
 COMMANDS = [str(command.name) for command in app.registered_commands]
 WITHOUT_JSON = {"export"}
 
@@ -180,9 +182,11 @@ def test_down_ends_a_cluster_without_runs_and_one_that_does_not_answer(cluster: 
     cluster.jobs = [replace(JOB, status="SUCCEEDED")]
     live, cluster.live = cluster.live, {}
     assert rlsys("down").exit_code == 0
-    cluster.live, cluster.closed = live, True
+    cluster.jobs, cluster.live = [JOB], {"run": replace(live["run"], status=replace(STATUS, phase="finished"))}
     assert rlsys("down").exit_code == 0
-    assert cluster.ended == 2
+    cluster.jobs, cluster.live, cluster.closed = [], live, True
+    assert rlsys("down").exit_code == 0
+    assert cluster.ended == 3
 
 
 def test_only_who_waits_can_wait_for_so_long(cluster: SimpleNamespace) -> None:
@@ -210,6 +214,26 @@ def test_the_table_of_runs_shows_step_staleness_and_ess(cluster: SimpleNamespace
     assert "reward 1/1, rollout 1/2" in run
     assert run.split()[-1] == "RUNNING"
     assert old.split() == ["old", "–", "–", "–", "–", "–", "STOPPED"]
+
+
+def test_after_training_the_policy_is_checked_on_the_task_that_it_was_trained_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint = tmp_path / "quickstart" / "checkpoints" / "step-000002"
+    result = TrainResult(
+        directory=tmp_path / "quickstart",
+        checkpoint=checkpoint,
+        version=2,
+        accuracy={0: 0.5, 2: 0.75},
+        ledger={},
+        seconds=1.0,
+        plot=tmp_path / "summary.png",
+    )
+    monkeypatch.setattr("rlsys.control.lifecycle.train", lambda *_, **__: result)
+    with out.capture() as shown:
+        rlsys("train", str(CONFIG), "task.digits=1", "learner.steps=2")
+    (line,) = (line for line in shown.get().splitlines() if "check the policy" in line)
+    assert line.split("check the policy")[1].split() == ["scripts/run", "eval", str(checkpoint)]
 
 
 def test_without_a_terminal_progress_is_a_line_now_and_then(tmp_path: Path) -> None:
