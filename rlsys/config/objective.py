@@ -129,17 +129,8 @@ class ObjectiveConfig(Section):
 class AdvantageConfig(Section):
     """How rewards of a group become advantages."""
 
-    name: Literal["group_mean", "grpo", "rloo", "batch_whiten"] = "grpo"
-
-    @field_validator("name", mode="before")
-    @classmethod
-    def _no_more_is_drawn(cls, name: object) -> object:
-        if name == "reinforce_ada":
-            raise ValueError(
-                "compares with all samples drawn for a prompt, and a run draws no more than it trains on: "
-                "that is 'group_mean'"
-            )
-        return name
+    name: Literal["group_mean", "grpo", "rloo", "batch_whiten", "reinforce_ada"] = "grpo"
+    """`reinforce_ada` compares with all samples drawn for a prompt; where all of them are trained, as `group_mean`."""
 
 
 KL_SCHEDULE_FIELDS: dict[str, frozenset[str]] = {

@@ -277,11 +277,6 @@ MISTAKES = {
         "rollout.samples_per_prompt=1: must be at least 2 with advantage.name=batch_whiten, which compares the "
         "responses of a batch",
     ),
-    "a baseline over more samples than there are": (
-        ["advantage.name=reinforce_ada"],
-        "advantage.name='reinforce_ada': compares with all samples drawn for a prompt, and a run draws no more than it "
-        "trains on: that is 'group_mean'",
-    ),
     "an engine option that is ours to set": (
         ["rollout.engine_options.max_model_len=99"],
         "rollout.engine_options.max_model_len=99: set model.max_context instead",

@@ -11,8 +11,8 @@ from rlsys.algo.divergence import KL_ESTIMATORS, KL_SCHEDULES
 from rlsys.algo.objectives import OBJECTIVE_OPTIONS, OBJECTIVES
 from rlsys.config import objective as config
 
-NEEDS_MORE_THAN_A_REWARD = {"accepted", "reinforce_ada"}
-"""The one is chosen by the objective `raft`, not by a user; the other needs samples beyond those trained on."""
+NEEDS_MORE_THAN_A_REWARD = {"accepted"}
+"""Chosen by the objective `raft`, not by a user."""
 
 
 def choices(section: type[BaseModel], field: str) -> set[str]:
