@@ -5,7 +5,9 @@ the first and the last tenth of the steps. With Σ over steps, the share of time
 
     the learner waited      Σ throughput/learner_idle_s / Σ throughput/step_s
     the learner computed    Σ throughput/learner_s / Σ throughput/step_s
-    decoding stood still    Σ weight_sync/pause_s / (Σ throughput/step_s · rollout workers)
+    decoding stood still    Σ weight_sync/pause_s / Σ (throughput/step_s · workers/rollout/ready)
+
+where a step that does not say how many workers were ready counts with rollout.workers.
 """
 
 from collections.abc import Callable
@@ -36,10 +38,10 @@ def tenth(run: RunRecord, name: str, *, last: bool) -> Value:
     return sum(part) / len(part) if part else None
 
 
-def share(run: RunRecord, part: str, whole: str = "throughput/step_s", times: float = 1.0) -> Value:
-    """Σ part / (times · Σ whole) over the steps; None where either is missing."""
+def share(run: RunRecord, part: str, whole: str = "throughput/step_s") -> Value:
+    """Σ part / Σ whole over the steps; None where either is missing."""
     above, below = run.total(part), run.total(whole)
-    return None if above is None or not below else above / (times * below)
+    return None if above is None or not below else above / below
 
 
 def accuracy(run: RunRecord, place: str) -> Value:
@@ -64,7 +66,10 @@ def wall(run: RunRecord) -> Value:
 
 def paused(run: RunRecord) -> Value:
     """Share of the workers' time that decoding stood still for weight syncs."""
-    return share(run, "weight_sync/pause_s", times=run.setting("rollout.workers") or 1)
+    stood, configured = run.total("weight_sync/pause_s"), run.setting("rollout.workers") or 1
+    ready = dict(run.series("workers/rollout/ready"))
+    there = sum(length * ready.get(step, configured) for step, length in run.series("throughput/step_s"))
+    return None if stood is None or not there else stood / there
 
 
 def rejected(run: RunRecord) -> Value:

@@ -90,7 +90,7 @@ def _workers(run: RunRecord) -> Text | Absent:
     asked, ready = run.last("workers/rollout/desired"), run.values("workers/rollout/ready")
     if asked is None or not ready:
         return Absent("rollout workers over time", "the metrics are missing")
-    restarts = run.last("workers/rollout/restarts")
+    restarts = run.count("workers/rollout/restarts")
     again = "" if restarts is None else f"; {number(restarts)} were started again"
     return Text(
         f"Rollout workers: {number(asked)} asked for, at least {number(min(ready))} ready at every step{again}."

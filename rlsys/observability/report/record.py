@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import yaml
@@ -13,10 +13,20 @@ import yaml
 from rlsys.errors import DataError
 from rlsys.observability.run_directory import RunDirectory, read_jsonl
 
+if TYPE_CHECKING:
+    import pyarrow as pa
+
 Row = dict[str, Any]
 
 FILES_READ = 200
 """Recorded steps whose tokens are counted; of a longer run evenly spaced ones are."""
+
+COUNTERS = (
+    *("ledger/admitted", "ledger/trained", "ledger/rejected"),
+    *("staleness/rejected_groups", "staleness/rejected_tokens"),
+    *("workers/rollout/restarts", "workers/reward/restarts"),
+)
+"""Metrics that count up from the start of a process: where one drops, a resumed run has begun anew."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,6 +110,33 @@ class RunRecord:
         return sum(values) if values else None
 
     @property
+    def parts(self) -> list[list[Row]]:
+        """The steps by the process that made them: a run that was never resumed has one part."""
+        found: list[list[Row]] = []
+        reached: dict[str, float] = {}
+        for row in self.steps:
+            counts = {name: row[name] for name in COUNTERS if row.get(name) is not None}
+            if not found or any(count < reached.get(name, 0.0) for name, count in counts.items()):
+                found.append([])
+                reached = {}
+            found[-1].append(row)
+            reached |= counts
+        return found
+
+    def count(self, name: str) -> float | None:
+        """What one of `COUNTERS` came to in the whole run: Σ over its parts of each one's newest value."""
+        rows = (_newest(part, name) for part in self.parts)
+        values = [row[name] for row in rows if row is not None]
+        return sum(values) if values else None
+
+    def pooled(self, name: str, counter: str) -> float | None:
+        """A mean since the start of a process over the whole run: each part weighs what it counted."""
+        rows = (_newest(part, name, counter) for part in self.parts)
+        pairs = [(row[name], row[counter]) for row in rows if row is not None]
+        weight = sum(count for _, count in pairs)
+        return sum(value * count for value, count in pairs) / weight if weight else None
+
+    @property
     def ended(self) -> Counter[str]:
         """Groups by their named end."""
         return Counter(str(row["end"]) for row in self.ends)
@@ -151,6 +188,11 @@ def labels(paths: Sequence[Path]) -> list[str]:
     raise DataError(f"the same run is given twice: {', '.join(map(str, paths))}")
 
 
+def _newest(rows: Sequence[Row], *names: str) -> Row | None:
+    """The last row that has them all."""
+    return next((row for row in reversed(rows) if all(row.get(name) is not None for name in names)), None)
+
+
 def _alarms(events: Sequence[Row]) -> list[Alarm]:
     """Raised alarms in order, with the step that cleared them. A resumed run may raise again what stands."""
     found: list[dict[str, Any]] = []
@@ -183,12 +225,10 @@ def _ages(files: Sequence[Path]) -> Ages | None:
     """The batch that made version s was trained at version s-1: a token of version v was s-1-v versions old."""
     if not files:
         return None
-    import pyarrow.parquet as pq
-
     chosen = _spaced(files, FILES_READ)
     by_step: dict[int, tuple[int, ...]] = {}
     for path in chosen:
-        table = pq.ParquetFile(path).read(columns=["step", "versions", "loss_mask"])
+        table = _columns(path, ["step", "versions", "loss_mask"])
         if len(table):
             step = int(table["step"][0].as_py())
             versions, mask = (
@@ -202,19 +242,30 @@ def _ages(files: Sequence[Path]) -> Ages | None:
 
 def _samples(files: Sequence[Path]) -> list[Row]:
     """Of the first and of the last recorded batch: a prompt's best and worst response, two prompts each."""
-    import pyarrow.parquet as pq
-
     columns = ["step", "slot", "prompt_text", "response_text", "reward", "advantage", "finish_reason", "versions"]
     found: list[Row] = []
     for path in dict.fromkeys([*files[:1], *files[-1:]]):
         groups: dict[int, list[Row]] = {}
-        for row in pq.ParquetFile(path).read(columns=columns).to_pylist():
+        for row in _columns(path, columns).to_pylist():
             groups.setdefault(row["slot"], []).append(row)
         telling = sorted(groups.values(), key=lambda rows: len({row["reward"] for row in rows}) == 1)
         for rows in telling[:2]:
             best, worst = (choose(rows, key=lambda row: row["reward"]) for choose in (max, min))
             found += [best] if best["reward"] == worst["reward"] else [best, worst]
     return found
+
+
+def _columns(path: Path, names: Sequence[str]) -> "pa.Table":
+    """Columns of a recorded step. Raises DataError for a file that is damaged or has no such column."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        return pq.ParquetFile(path).read(columns=list(names)).select(list(names))
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(f"{path}: this file is damaged: {error}") from error
+    except KeyError as error:
+        raise DataError(f"{path}: this file has no column {error}") from error
 
 
 def _spaced(files: Sequence[Path], most: int) -> list[Path]:

@@ -73,15 +73,20 @@ def staleness(run: RunRecord) -> Section:
 
 
 def _rejected(run: RunRecord) -> Table | Absent | Text:
-    groups = run.last("staleness/rejected_groups")
+    """As the ledger counts them, where there is one."""
+    groups = run.count("staleness/rejected_groups")
+    if run.ends:
+        groups = float(run.ended["rejected_stale"] + run.ended["rejected_nonfinite"])
     if groups is None:
         return Absent("what was rejected for age", "the metric is missing")
     if groups == 0:
         return Text("No group was rejected for age or for a step that was not finite.")
-    names = ("groups", "tokens", "length", "reward")
-    rows = [(named(f"staleness/rejected_{n}"), number(run.last(f"staleness/rejected_{n}"))) for n in names]
-    rows += [(named(f"staleness/trained_{n}"), number(run.last(f"staleness/trained_{n}"))) for n in names[2:]]
-    return table("rejected against trained | at the last step", *rows)
+    values = {"rejected_groups": groups, "rejected_tokens": run.count("staleness/rejected_tokens")}
+    for what, counter in (("rejected", "staleness/rejected_groups"), ("trained", "ledger/trained")):
+        for name in (f"{what}_length", f"{what}_reward"):
+            values[name] = run.pooled(f"staleness/{name}", counter)
+    rows = [(named(f"staleness/{name}"), number(value)) for name, value in values.items()]
+    return table("rejected against trained | since the start", *rows)
 
 
 def _histogram(run: RunRecord) -> list[Block]:

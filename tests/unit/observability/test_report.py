@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,13 @@ from rlsys.cli import app
 from rlsys.config.load import dump_config
 from rlsys.errors import DataError
 from rlsys.observability.report import write_report
-from rlsys.observability.report.document import number, seconds, size
+from rlsys.observability.report.document import Section, Table, Text, number, seconds, size
+from rlsys.observability.report.facts import paused
 from rlsys.observability.report.figures import COLORS, POINTS, _running_mean, _thinned, inline
-from rlsys.observability.report.record import find_run, labels, read_run
+from rlsys.observability.report.operation import throughput
+from rlsys.observability.report.record import RunRecord, find_run, labels, read_run
 from rlsys.observability.report.render import plain
+from rlsys.observability.report.staleness import staleness
 from rlsys.observability.rollouts import write_rollouts
 from rlsys.observability.run_directory import RunDirectory
 from rlsys.observability.sinks import RunJournal
@@ -211,6 +215,79 @@ def test_every_end_of_the_ledger_is_counted(made: tuple[RunDirectory, str, str])
     assert "Lost: 0." in text
 
 
+# -- a run of two processes --------------------------------------------------------------------------------------------
+
+
+COUNTED = {  # by step; the run was resumed after the second
+    "ledger/trained": [2, 4, 2, 4],
+    "staleness/rejected_groups": [0, 1, 0, 3],
+    "staleness/rejected_tokens": [0, 10, 0, 60],
+    "staleness/rejected_length": [None, 5, None, 10],
+    "staleness/rejected_reward": [None, 0.0, None, 0.5],
+    "staleness/trained_length": [4, 6, 9, 8],
+    "staleness/trained_reward": [0.0, 0.25, 0.5, 0.75],
+    "workers/rollout/desired": [2, 2, 2, 2],
+    "workers/rollout/ready": [2, 1, 2, 2],
+    "workers/rollout/restarts": [0, 1, 0, 2],
+}
+
+
+@pytest.fixture(scope="module")
+def resumed(tmp_path_factory: pytest.TempPathFactory) -> RunRecord:
+    run = read_run(make_run(tmp_path_factory.mktemp("resumed"), everything=False).root)
+    steps = tuple({**row, **{name: values[i] for name, values in COUNTED.items()}} for i, row in enumerate(run.steps))
+    rejected = ["rejected_stale", "rejected_nonfinite", "rejected_stale", "rejected_stale", "rejected_no_signal"]
+    return replace(run, steps=steps, ends=tuple({"end": end} for end in ["trained"] * 8 + rejected))
+
+
+def cells(section: Section) -> dict[str, list[str]]:
+    """The rows of a chapter's tables by their first cell."""
+    rows = [row for block in section.blocks if isinstance(block, Table) for row in block.rows]
+    return {row[0].text: [cell.text for cell in row[1:]] for row in rows}
+
+
+def said(section: Section) -> str:
+    return " ".join(block.text for block in section.blocks if isinstance(block, Text))
+
+
+def test_a_counter_that_drops_begins_another_part_and_the_parts_are_added(resumed: RunRecord) -> None:
+    assert [[row["step"] for row in part] for part in resumed.parts] == [[1, 2], [3, 4]]
+    assert resumed.count("ledger/trained") == 8
+    assert resumed.count("workers/reward/restarts") is None
+    assert "at least 1 ready at every step; 3 were started again." in said(throughput(resumed))
+
+
+def test_what_was_rejected_is_that_of_the_ledger_and_means_are_over_all_parts(resumed: RunRecord) -> None:
+    shown = cells(staleness(resumed))
+    assert shown["staleness/rejected_groups"] == ["4"]  # 1 + 3; that there was no signal is another end
+    assert shown["staleness/rejected_tokens"] == ["70"]
+    assert shown["staleness/rejected_length"] == ["8.75"]  # (1 * 5 + 3 * 10) / 4 groups
+    assert shown["staleness/rejected_reward"] == ["0.375"]
+    assert shown["staleness/trained_length"] == ["7"]  # 6 and 8, of 4 groups each
+    assert shown["staleness/trained_reward"] == ["0.5"]
+
+
+def test_none_was_rejected_only_if_no_part_rejected_any(resumed: RunRecord) -> None:
+    none = "No group was rejected"
+    later = replace(resumed, steps=resumed.steps[:3])  # the newest step has rejected none
+    assert none not in said(staleness(later))
+    assert none not in said(staleness(replace(later, ends=())))
+    assert cells(staleness(replace(later, ends=())))["staleness/rejected_groups"] == ["1"]
+    assert none in said(staleness(replace(resumed, ends=({"end": "trained"},))))
+
+
+def test_decoding_stood_still_of_the_time_of_the_workers_there_were(resumed: RunRecord) -> None:
+    """0.125 s at each of four steps of 2 s; where nobody counted the workers, as many as were configured."""
+    assert paused(resumed) == 0.5 / (4 + 2 + 4 + 4)
+    ready = [1, 3, 4, None]
+    steps = tuple({**row, "workers/rollout/ready": n} for row, n in zip(resumed.steps, ready, strict=True))
+    configured = {**resumed.config, "rollout": {"workers": 8}}
+    assert paused(replace(resumed, steps=steps, config=configured)) == 0.5 / (2 + 6 + 8 + 16)
+
+
+# -- what else there is to read ----------------------------------------------------------------------------------------
+
+
 def test_an_alarm_is_shown_with_its_cause_its_advice_and_when_it_was_cleared(
     made: tuple[RunDirectory, str, str],
 ) -> None:
@@ -272,6 +349,15 @@ def test_a_last_line_cut_short_is_left_out_and_a_damaged_one_is_an_error(tmp_pat
     with directory.metrics.open("a") as file:
         file.write("\n")
     with pytest.raises(DataError, match=r"made: a file of this run is damaged"):
+        read_run(directory.root)
+
+
+@pytest.mark.parametrize("damage", [lambda data: b"no parquet", lambda data: data[: len(data) // 2], lambda data: b""])
+def test_a_damaged_recorded_step_is_an_error_that_names_the_file(tmp_path: Path, damage: Any) -> None:
+    directory = make_run(tmp_path)
+    file = directory.rollouts / "step-000004.parquet"
+    file.write_bytes(damage(file.read_bytes()))
+    with pytest.raises(DataError, match=r"made/rollouts/step-000004\.parquet: this file is damaged"):
         read_run(directory.root)
 
 
