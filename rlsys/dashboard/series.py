@@ -99,9 +99,8 @@ class MetricStore:
 
     def latest(self, name: str) -> float | None:
         """The value at the highest step that has one."""
-        values = self.table([name]).values[name]
-        known = values[~np.isnan(values)]
-        return float(known[-1]) if len(known) else None
+        newest = _newest(self.table([name]).values[name])
+        return None if math.isnan(newest) else newest
 
     def span(self) -> tuple[float, float] | None:
         """Times of the earliest and the latest raw row."""
@@ -112,14 +111,18 @@ def downsample(table: Table, points: int = POINTS) -> Table:
     """At most `points` rows in which every bucket of rows keeps the lowest and the highest value of every metric.
 
     A bucket becomes two rows, at its first and its last step, that hold its two extremes in the order in which
-    they came: all metrics share the steps, and an extreme moves by less than its bucket's width.
+    they came: all metrics share the steps, and an extreme moves by less than its bucket's width. The last row, which
+    says where the run stands, is kept; a metric that it lacks has its newest value of the last bucket there.
     """
     rows = len(table.steps)
     if rows <= points:
         return table
-    bounds = np.linspace(0, rows, points // 2 + 1).astype(int)
-    ends = np.stack([bounds[:-1], bounds[1:] - 1], axis=1).ravel()
-    values = {name: _extremes(column, bounds) for name, column in table.values.items()}
+    bounds = np.linspace(0, rows - 1, (points - 1) // 2 + 1).astype(int)
+    ends = np.append(np.stack([bounds[:-1], bounds[1:] - 1], axis=1).ravel(), rows - 1)
+    values = {
+        name: np.append(_extremes(column, bounds), _newest(column[bounds[-2] :]))
+        for name, column in table.values.items()
+    }
     return Table(steps=table.steps[ends], times=table.times[ends], values=values)
 
 
@@ -134,6 +137,12 @@ def _extremes(column: Floats, bounds: npt.NDArray[np.int64]) -> Floats:
         places = sorted((start + int(low[start:stop].argmin()), start + int(high[start:stop].argmax())))
         found[2 * i : 2 * i + 2] = column[places]
     return found
+
+
+def _newest(column: Floats) -> float:
+    """Its last value; NaN if it has none."""
+    known = column[~np.isnan(column)]
+    return float(known[-1]) if len(known) else math.nan
 
 
 def numbers(values: Floats) -> list[float | None]:

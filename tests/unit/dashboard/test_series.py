@@ -21,17 +21,27 @@ def test_few_rows_are_left_as_they_are() -> None:
 
 
 def test_every_bucket_keeps_its_lowest_and_its_highest_value_in_the_order_they_came() -> None:
-    # Eight rows, four points: buckets of rows 1-4 and 5-8.
-    small = downsample(table(a=[5, 1, 9, 4, 2, 8, 3, 7], b=[1, 2, 3, 4, 8, 7, 6, 5]), 4)
-    assert small.steps.tolist() == [1, 4, 5, 8]
-    assert small.values["a"].tolist() == [1, 9, 2, 8]  # 1 before 9, 2 before 8
-    assert small.values["b"].tolist() == [1, 4, 8, 5]  # the highest first where it came first
+    # Nine rows, five points: buckets of rows 1-4 and 5-8, and the last row.
+    small = downsample(table(a=[5, 1, 9, 4, 2, 8, 3, 7, 6], b=[1, 2, 3, 4, 8, 7, 6, 5, 0]), 5)
+    assert small.steps.tolist() == [1, 4, 5, 8, 9]
+    assert small.times.tolist() == [0, 3, 4, 7, 8]
+    assert small.values["a"].tolist() == [1, 9, 2, 8, 6]  # 1 before 9, 2 before 8
+    assert small.values["b"].tolist() == [1, 4, 8, 5, 0]  # the highest first where it came first
 
 
 def test_a_bucket_without_values_is_empty_and_a_single_value_fills_it() -> None:
     nan = float("nan")
-    small = downsample(table(a=[nan, nan, nan, nan, nan, 6, nan, nan]), 4)
-    assert numbers(small.values["a"]) == [None, None, 6, 6]
+    small = downsample(table(a=[nan, nan, nan, nan, nan, 6, nan, nan, 7]), 5)
+    assert numbers(small.values["a"]) == [None, None, 6, 6, 7]
+
+
+def test_the_newest_value_is_the_last_whether_the_last_row_has_it_or_its_bucket() -> None:
+    nan = float("nan")
+    every = [5, 1, 9, 4, 2, 8, 3, 7, 6]
+    small = downsample(table(every=every, some=[*every[:-1], nan], none=[*every[:4], *[nan] * 5]), 5)
+    assert numbers(small.values["every"])[-1] == 6  # no extreme of its bucket: that is 2 to 8
+    assert numbers(small.values["some"])[-1] == 7
+    assert numbers(small.values["none"]) == [1, 9, None, None, None]
 
 
 @pytest.mark.parametrize("rows", [801, 1000, 5000, 12345])
