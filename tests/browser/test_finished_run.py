@@ -132,6 +132,21 @@ def test_steps_that_are_written_appear_without_loading_the_page_again(tmp_path: 
     assert page.evaluate("window.loaded") == "once"
 
 
+def test_a_page_whose_reload_failed_says_so_and_tries_again(tmp_path: Path, serve, open_page: Open) -> None:
+    root = make_run(tmp_path / "run", 5)
+    page = open_page(serve(root))
+    legend, lost = page.locator(".legend").first, page.locator("#connection")
+    expect(legend).to_contain_text("batch mean0.500")
+    page.route("**/series?*", lambda route: route.fulfill(body="the server is busy"))
+    lines = (root / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (root / "metrics.jsonl").write_text("".join(lines[:4]))  # resumed after three steps: the page loads all again
+    expect(lost).to_be_visible()
+    expect(legend).to_contain_text("batch mean0.500")
+    page.unroute("**/series?*")
+    expect(legend).to_contain_text("batch mean0.300")
+    expect(lost).to_be_hidden()
+
+
 def test_the_keyboard_reaches_every_page(url: str, open_page: Open) -> None:
     page = open_page(url)
     for name, heading in PAGES.items():
@@ -244,15 +259,19 @@ def test_the_fleet_page_scales_a_run_where_its_server_can(open_page: Open, serve
 
     page = open_page(f"{serve(make_run(tmp_path / 'run', 4), scale=scale)}#/fleet")
     rollout = page.get_by_label("rollout workers", exact=True)
-    expect(rollout).not_to_have_value("")
+    expect(rollout).to_have_value("2")
+    expect(page.get_by_label("reward workers", exact=True)).to_have_value("1")
     rollout.fill("3")
     page.get_by_role("button", name="Scale", exact=True).click()
     said = page.get_by_role("status")
-    expect(said).to_contain_text("Asked for 3 rollout")
-    assert asked[-1]["rollout"] == 3
+    expect(said).to_have_text("Asked for 3 rollout.")
+    assert asked == [{"rollout": 3}], "the other role is left as the run has it by now"
+    page.get_by_role("button", name="Scale", exact=True).click()
+    expect(said).to_have_text("Change a number first.")
+    assert len(asked) == 1
 
 
 def test_without_a_way_to_scale_there_is_no_control(open_page: Open, serve, tmp_path: Path) -> None:
     page = open_page(f"{serve(make_run(tmp_path / 'run', 4))}#/fleet")
-    expect(page.get_by_text("Serving lag")).to_be_visible()
+    settled(page, "fleet")
     expect(page.get_by_role("button", name="Scale", exact=True)).to_have_count(0)

@@ -14,6 +14,7 @@ export async function post(path, body) {
 }
 
 const MOST_ROWS = 2400; // beyond this the server is asked for fewer points again
+const RETRY_MS = 2000;
 
 // Columns of some metrics of some runs: loaded once, then extended by what the stream brings.
 export class Live {
@@ -67,18 +68,30 @@ export class Live {
     else this.on.rows();
   }
 
+  // Again until it succeeds: meanwhile the page listens to nothing, and would stand still without a word.
   async reload() {
     this.pause();
-    await Promise.all(this.runs.map((run) => this.load(run)));
+    try {
+      await Promise.all(this.runs.map((run) => this.load(run)));
+    } catch {
+      if (this.stopped) return;
+      this.on.connection(false);
+      this.retry = setTimeout(() => this.reload(), RETRY_MS);
+      return;
+    }
     if (this.stopped) return;
     this.on.rows();
     this.listen();
   }
 
-  pause() { this.source?.close(); this.source = null; }
+  pause() {
+    clearTimeout(this.retry);
+    this.source?.close();
+    this.source = null;
+  }
 
   // What happened while the page was out of sight is fetched, not replayed.
-  resume() { if (!this.source && !this.stopped) this.reload().catch(() => this.on.connection(false)); }
+  resume() { if (!this.source && !this.stopped) this.reload(); }
 
   stop() {
     this.stopped = true;

@@ -77,10 +77,9 @@ function heard(summary) {
 
 let lost = 0;
 function connection(up) {
-  clearTimeout(lost);
-  if (up) { $("connection").hidden = true; return; }
-  // A server that is only restarting is back within seconds.
-  lost = setTimeout(() => {
+  if (up) { clearTimeout(lost); lost = 0; $("connection").hidden = true; return; }
+  // A server that is only restarting is back within seconds. What fails meanwhile does not put the message off.
+  lost ||= setTimeout(() => {
     $("connection").hidden = false;
     $("connection").textContent = "The dashboard's server does not answer. What is shown is as of its last word; it goes on by itself when the server is back.";
   }, 4000);

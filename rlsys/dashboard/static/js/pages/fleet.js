@@ -24,7 +24,10 @@ function scaler(run) {
   for (const input of inputs) input.addEventListener("input", () => touched.add(input));
   const ask = async (event) => {
     event.preventDefault();
-    const asked = Object.fromEntries(ROLES.map((role, i) => [role, inputs[i].valueAsNumber]).filter(([, count]) => !Number.isNaN(count)));
+    // What nobody touched was filled in from a step that is over: the run may want another number by now.
+    const asked = Object.fromEntries(ROLES.map((role, i) => [role, inputs[i]]).filter(([, input]) => touched.has(input) && input.value)
+      .map(([role, input]) => [role, input.valueAsNumber]));
+    if (!Object.keys(asked).length) { said.textContent = "Change a number first."; return; }
     try {
       await post(`runs/${run}/workers`, asked);
       said.textContent = `Asked for ${Object.entries(asked).map(([role, count]) => `${count} ${role}`).join(", ")}.`;
