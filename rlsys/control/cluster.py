@@ -35,8 +35,10 @@ def cluster(config: RunConfig) -> Iterator[None]:
         _require_room(config)
         yield
     finally:
-        ray.shutdown()
-        shutil.rmtree(scratch, ignore_errors=True)
+        try:
+            ray.shutdown()
+        finally:  # also when it is interrupted
+            shutil.rmtree(scratch, ignore_errors=True)
 
 
 def _start(config: RunConfig, scratch: str) -> None:

@@ -56,6 +56,17 @@ def test_one_that_does_not_start_is_explained(errors: list[str], starts: int, mo
     assert not ray.scratch.exists()
 
 
+def test_a_second_interrupt_while_ray_shuts_down_leaves_no_directory(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    ray = FakeRay()
+    monkeypatch.setattr(ray, "shutdown", interrupted, raising=False)
+    with pytest.raises(KeyboardInterrupt):
+        start(ray, monkeypatch)
+    assert not ray.scratch.exists()
+
+
 def test_one_of_our_own_has_room_for_the_workers_that_may_join(monkeypatch: pytest.MonkeyPatch) -> None:
     ray = FakeRay()
     start(ray, monkeypatch, "scaling.rollout_max=40")
