@@ -19,8 +19,8 @@ from rlsys.observability.run_directory import RunDirectory
 
 ROOT = Path(__file__).parents[3]
 DIRECTORY = ROOT / "deploy" / "kuberay"
-CRDS = Path(os.environ.get("KUBERAY_CRDS", ROOT.parent / "shared" / "data" / "kuberay"))
-"""KubeRay's CustomResourceDefinitions, which are not ours to ship."""
+CRDS = os.environ.get("KUBERAY_CRDS")
+"""Where KubeRay's CustomResourceDefinitions are, which are not ours to ship: only what reads them skips without."""
 
 Manifest = dict[str, Any]
 MANIFESTS: dict[str, Manifest] = {
@@ -183,11 +183,11 @@ def strict(schema: Any) -> Any:
 @pytest.fixture(scope="module")
 def schemas() -> dict[str, Any]:
     """By kind."""
-    if not CRDS.is_dir():
-        pytest.skip(f"no KubeRay schemas in {CRDS}; $KUBERAY_CRDS names another directory")
+    if CRDS is None:
+        pytest.skip("set KUBERAY_CRDS to KubeRay's helm-chart/kuberay-operator/crds to check against its schemas")
     found = {}
     for kind, file in (("RayCluster", "ray.io_rayclusters.yaml"), ("RayJob", "ray.io_rayjobs.yaml")):
-        crd = yaml.load((CRDS / file).read_text(), yaml.CSafeLoader)
+        crd = yaml.load(Path(CRDS, file).read_text(), yaml.CSafeLoader)
         (version,) = (v for v in crd["spec"]["versions"] if v["name"] == "v1")
         found[kind] = strict(version["schema"]["openAPIV3Schema"])
     return found
