@@ -68,6 +68,8 @@ def is_audit(cosine: float | None, floor: float | None, norm_ratio: float | None
 def test_the_numbers_are_cosines_and_a_ratio_or_unknown(audits: list[dict[str, Any]]) -> None:
     for row in audits:
         assert is_audit(row["audit/cosine"], row["audit/cosine_floor"], row["audit/norm_ratio"])
+    for name in NAMES:
+        assert any(row[name] is not None for row in audits), f"no audit has a number for {name}"
 
 
 def test_the_audit_ends_with_its_run_and_disturbs_nothing(home: Path, outcome: Outcome) -> None:
@@ -124,6 +126,8 @@ def test_the_finished_run_is_audited_at_every_checkpoint_with_a_next_batch(home:
         assert row["groups"] == PROMPTS
         assert 0 <= row["staleness"] <= SMALL["staleness"]["max"]
         assert is_audit(row["cosine"], row["cosine_floor"], row["norm_ratio"])
+    for name in NAMES:
+        assert any(row[name.removeprefix("audit/")] is not None for row in report["steps"]), name
     assert Path(home, report["plot"]).read_bytes().startswith(b"\x89PNG")
     text = rlsys(home, "lab", "gradient", "runs/run", "--step", "6", "--prompts", "2", "--samples", "3")
     assert text.code == 0, text.stderr
