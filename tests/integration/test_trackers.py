@@ -36,7 +36,7 @@ NAMES = [
 # -- the real ones, in two processes as a run and its continuation are, offline ---------------------------------------
 
 WRITE = """
-import json, sys
+import json, socket, sys
 from pathlib import Path
 from rlsys.config import parse_config
 from rlsys.observability.run_directory import RunDirectory
@@ -44,8 +44,11 @@ from rlsys.observability.sinks import RunJournal
 
 calls = []
 def watch(event, arguments):
-    if event in ("socket.connect", "socket.getaddrinfo"):
-        calls.append(str(arguments))
+    if event in ("socket.connect", "socket.sendto"):
+        unix = arguments[0].family == socket.AF_UNIX
+        calls.append([event, "unix" if unix else str(arguments[1][0])])
+    elif event in ("socket.getaddrinfo", "socket.gethostbyname"):
+        calls.append([event, str(arguments[0])])
 sys.addaudithook(watch)
 
 config = parse_config({"task": {"name": "arithmetic"}, "name": "a run", "run_dir": sys.argv[1]},
@@ -55,6 +58,10 @@ journal = RunJournal(RunDirectory(config.path), config)
 for step, metrics in json.loads(sys.stdin.read()):
     journal.step(step, metrics)
 journal.close()
+"""
+
+CALLS = """
+print("\\n" + json.dumps({"calls": calls}))
 """
 
 READ = """
@@ -74,6 +81,9 @@ trackio = {"runs": len(runs), "config": runs[0].config, "rows": SQLiteStorage.ge
 print("\\n" + json.dumps({"mlflow": mlflow, "trackio": trackio, "calls": calls}))
 """
 
+HERE = {"unix", "localhost", "127.0.0.1", "::1", "None"}
+"""Where a call that leaves no machine goes; the name None is the wildcard address."""
+
 
 def process(code: str, directory: Path, override: str, rows: list[Any]) -> str:
     clean = {k: v for k, v in os.environ.items() if not k.startswith(("WANDB", "MLFLOW", "TRACKIO"))}
@@ -92,14 +102,15 @@ def tracked(tmp_path_factory: pytest.TempPathFactory) -> tuple[RunDirectory, dic
     root = tmp_path_factory.mktemp("tracked")
     everything = {name: 0.5 * i for i, name in enumerate(NAMES)}
     late = [3, {"eval/accuracy": 0.75}]
-    process(
-        WRITE,
+    first = process(
+        WRITE + CALLS,
         root,
         "learner.lr=0.25",
         [[2, everything], [4, {"reward/mean": 0.5, "importance/k3/by_staleness/4+": None}], late],
     )
-    out = process(WRITE + READ, root, "learner.lr=0.5", [[5, {"reward/mean": 0.625}]])
-    return RunDirectory(root / "a run"), json.loads(out.splitlines()[-1])
+    second = process(WRITE + READ, root, "learner.lr=0.5", [[5, {"reward/mean": 0.625}]])
+    before, found = (json.loads(out.splitlines()[-1]) for out in (first, second))
+    return RunDirectory(root / "a run"), found | {"calls": [before["calls"], found["calls"]]}
 
 
 def test_a_run_and_its_continuation_are_one_mlflow_run(tracked: tuple[RunDirectory, dict[str, Any]]) -> None:
@@ -171,7 +182,9 @@ def test_offline_nobody_is_called_and_every_file_is_below_the_run(
     tracked: tuple[RunDirectory, dict[str, Any]],
 ) -> None:
     directory, found = tracked
-    assert [call for call in found["calls"] if "127.0.0.1" not in call and "sock" not in call] == []
+    for calls in found["calls"]:
+        assert ["socket.connect", "unix"] in calls or ["socket.connect", "127.0.0.1"] in calls, "W&B's own service"
+        assert [call for call in calls if call[1] not in HERE] == []
     assert list(read_jsonl(directory.notes)) == []
     assert {path.name for path in directory.trackers.iterdir()} == {"id", "mlflow", "mlflow-run", "trackio", "wandb"}
     assert {path.name for path in directory.root.parent.iterdir()} <= {"a run", "home"}
