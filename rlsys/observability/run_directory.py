@@ -102,9 +102,14 @@ class RunDirectory:
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """For one process at a time: raises `CheckpointError` while another one trains here."""
+        """For one process at a time: raises `CheckpointError` while another one trains here.
+
+        Directories that were made for it are taken away again when nothing was begun there.
+        """
+        made = [directory for directory in (self.root, *self.root.parents) if not directory.exists()]
         self.root.mkdir(parents=True, exist_ok=True)
-        with (self.root / ".lock").open("a") as file:
+        lock = self.root / ".lock"
+        with lock.open("a") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -114,7 +119,13 @@ class RunDirectory:
                 ) from None
             except OSError as error:
                 log.warning("%s: nothing keeps a second process from this run: no file locks (%s)", self.root, error)
-            yield
+            try:
+                yield
+            finally:
+                if made and [*self.root.iterdir()] == [lock]:
+                    lock.unlink()
+                    for directory in made:
+                        directory.rmdir()
 
     def rewind(
         self,

@@ -37,11 +37,14 @@ def test_resume_needs_a_run_and_checkpoints_that_are_whole(tmp_path: Path) -> No
 
 
 def test_a_directory_in_which_a_process_trains_is_not_trained_in_by_another(tmp_path: Path) -> None:
-    directory = RunDirectory(tmp_path / "run")
+    directory = RunDirectory(tmp_path / "runs" / "run")
     with directory.held(), pytest.raises(CheckpointError, match="another process is training there"), directory.held():
         pass
+    assert not [*tmp_path.iterdir()]  # nothing was begun
     with directory.held():
-        pass
+        directory.create("")
+    with directory.held():
+        assert directory.config.exists()
 
 
 def test_paths_mean_the_same_to_processes_that_work_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
