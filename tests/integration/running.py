@@ -3,9 +3,11 @@
 import contextlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,6 +24,9 @@ PATIENCE_S = 600
 
 LOOK_S = 0.5
 """Between two looks at the processes of a command."""
+
+SCRATCH = re.compile(re.escape(f"{tempfile.gettempdir()}/rlsys-") + r"\w+")
+"""Where a run keeps Ray's files; its Ray processes have it in their arguments."""
 
 SMALL: dict[str, Any] = {
     "name": "run",
@@ -58,9 +63,10 @@ def write_config(directory: Path, **sections: Mapping[str, Any] | str) -> None:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a command ended; `seen` are the names of its processes, `left` what was still there a while later.
+    """How a command ended; `seen` are the names of its processes, `left` what was still there a while later:
+    processes of its own, its scratch directory, and files in /dev/shm that are new and that nobody maps.
 
-    `listened` are the addresses on which the parts of its Ray cluster listened.
+    `listened` are the addresses on which the parts of its Ray cluster listened, `scratch` their directories.
     """
 
     code: int
@@ -69,20 +75,25 @@ class Outcome:
     seen: list[str]
     left: list[str]
     listened: set[str]
+    scratch: set[str]
 
 
 @dataclass
 class Running:
-    """A command under way, with every process and shared-memory file that was its own at any time."""
+    """A command under way: every process that was its own at any time, and the directories that those named.
+
+    `before` is the shared memory that was there when it started.
+    """
 
     process: subprocess.Popen[str]
     output: Path
+    before: set[str]
     pids: dict[int, tuple[float, str]] = field(default_factory=dict)
-    segments: set[str] = field(default_factory=set)
+    scratch: set[str] = field(default_factory=set)
     listened: set[str] = field(default_factory=set)
 
     def watch(self) -> None:
-        """Note descendants and the shared memory they map, until the command ends."""
+        """Note descendants, and the addresses on which they listen, until the command ends."""
         me = psutil.Process(self.process.pid)
         while self.process.poll() is None:
             with contextlib.suppress(psutil.NoSuchProcess):
@@ -92,14 +103,11 @@ class Running:
 
     def _note(self, process: psutil.Process) -> None:
         with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied, OSError):
-            self.pids[process.pid] = process.create_time(), " ".join(process.cmdline())[:200]
+            arguments = " ".join(process.cmdline())
+            self.pids[process.pid] = process.create_time(), arguments[:200]
+            self.scratch |= set(SCRATCH.findall(arguments))
             if process.name() in ("gcs_server", "raylet"):
                 self.listened |= {c.laddr.ip for c in process.net_connections("tcp") if c.status == psutil.CONN_LISTEN}
-            if "raylet" not in self.pids[process.pid][1]:
-                return  # the others map what this one holds
-            for line in Path(f"/proc/{process.pid}/maps").read_text().splitlines():
-                if (at := line.find("/dev/shm/")) >= 0 and not line.endswith("(deleted)"):
-                    self.segments.add(line[at:])
 
     def until(self, condition: Callable[[], bool]) -> None:
         """Wait for something that the command brings about."""
@@ -120,12 +128,12 @@ class Running:
         while self._left() and time.monotonic() < deadline:
             time.sleep(0.2)
         seen = [name for _, name in self.pids.values()]
-        return Outcome(code, self.stdout, self.stderr, seen, self._left(), self.listened)
+        return Outcome(code, self.stdout, self.stderr, seen, self._left(), self.listened, self.scratch)
 
     def _left(self) -> list[str]:
         return [
             *(f"{process.pid} {self.pids[process.pid][1]}" for process in self.alive()),
-            *sorted(name for name in self.segments if Path(name).exists()),
+            *unused((shared_memory() - self.before) | {name for name in self.scratch if Path(name).exists()}),
         ]
 
     def alive(self) -> list[psutil.Process]:
@@ -145,6 +153,29 @@ class Running:
     @property
     def stderr(self) -> str:
         return (self.output / "stderr").read_text()
+
+
+def shared_memory() -> set[str]:
+    """The files in /dev/shm. Ray's and vLLM's that are still there by name will not go by themselves."""
+    return {str(path) for path in Path("/dev/shm").iterdir()}
+
+
+def unused(names: set[str]) -> list[str]:
+    """Those of this user that no living process names or maps: others may be at work beside a test."""
+    if not names:
+        return []
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied, OSError):
+            found += [*process.cmdline(), Path(f"/proc/{process.pid}/maps").read_text()]
+    told = "\n".join(found)
+    return sorted(name for name in names if name not in told and _is_ours(name))
+
+
+def _is_ours(name: str) -> bool:
+    with contextlib.suppress(FileNotFoundError):
+        return Path(name).lstat().st_uid == os.getuid()
+    return False
 
 
 def _as_from_a_terminal() -> None:
@@ -188,6 +219,7 @@ def program(directory: Path, *command: str, **variables: str) -> Iterator[Runnin
 def _started(directory: Path, command: Sequence[str], variables: Mapping[str, str]) -> Iterator[Running]:
     output = directory / f"output-{len(list(directory.glob('output-*')))}"
     output.mkdir()
+    before = shared_memory()
     with (output / "stdout").open("w") as out, (output / "stderr").open("w") as err:
         process = subprocess.Popen(
             command,
@@ -199,7 +231,7 @@ def _started(directory: Path, command: Sequence[str], variables: Mapping[str, st
             start_new_session=True,
             preexec_fn=_as_from_a_terminal,
         )
-        run = Running(process, output)
+        run = Running(process, output, before)
         watcher = threading.Thread(target=run.watch, daemon=True)
         watcher.start()
         try:

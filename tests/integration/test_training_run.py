@@ -55,9 +55,10 @@ def test_a_run_succeeds_and_prints_its_result_and_nothing_else(outcome: Outcome)
         assert word not in outcome.stdout
 
 
-def test_a_run_leaves_no_process_and_no_shared_memory(outcome: Outcome) -> None:
+def test_a_run_leaves_no_process_no_shared_memory_and_no_scratch(outcome: Outcome) -> None:
     assert any("raylet" in name for name in outcome.seen), "the watcher saw no Ray: this test would prove nothing"
     assert any("RolloutActor" in name for name in outcome.seen)
+    assert len(outcome.scratch) == 1
     assert outcome.left == []
 
 
