@@ -37,7 +37,7 @@ def test_a_bucket_without_values_is_empty_and_a_single_value_fills_it() -> None:
 
 def test_the_newest_value_is_the_last_whether_the_last_row_has_it_or_its_bucket() -> None:
     nan = float("nan")
-    every = [5, 1, 9, 4, 2, 8, 3, 7, 6]
+    every: list[float] = [5, 1, 9, 4, 2, 8, 3, 7, 6]
     small = downsample(table(every=every, some=[*every[:-1], nan], none=[*every[:4], *[nan] * 5]), 5)
     assert numbers(small.values["every"])[-1] == 6  # no extreme of its bucket: that is 2 to 8
     assert numbers(small.values["some"])[-1] == 7

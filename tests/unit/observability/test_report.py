@@ -218,7 +218,7 @@ def test_every_end_of_the_ledger_is_counted(made: tuple[RunDirectory, str, str])
 # -- a run of two processes --------------------------------------------------------------------------------------------
 
 
-COUNTED = {  # by step; the run was resumed after the second
+COUNTED: dict[str, list[float | None]] = {  # by step; the run was resumed after the second
     "ledger/trained": [2, 4, 2, 4],
     "staleness/rejected_groups": [0, 1, 0, 3],
     "staleness/rejected_tokens": [0, 10, 0, 60],
