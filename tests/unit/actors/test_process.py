@@ -1,9 +1,11 @@
 """One core a process, as far as there are cores."""
 
+import ast
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -69,50 +71,60 @@ def test_no_rollout_worker_gets_the_core_of_the_learner(count: int) -> None:
     assert sorted(core for worker in workers for core in worker) == [c for c in cores if c not in learner]
 
 
-SETTLE = """
-import os, threading
-from rlsys import RunConfig
-from rlsys.actors.process import settle
-config = RunConfig.model_validate({{"task": {{"name": "arithmetic"}}, "resources": {{"pin_cores": {pin}}}}})
-waiting = threading.Event()
-thread = threading.Thread(target=waiting.wait)
-thread.start()
-cores = settle("{role}", config)
-bound = [sorted(os.sched_getaffinity(number)) for number in (0, thread.native_id)]
-print(cores, *bound, os.environ["OMP_NUM_THREADS"], os.nice(0))
-waiting.set()
-"""
-
-
-@pytest.mark.parametrize(("role", "yields"), [("learner", 5), ("other", 10)])
-@pytest.mark.parametrize("pin", [True, False])
-def test_pinning_binds_threads_that_run_already_and_lets_the_others_yield(pin: bool, role: str, yields: int) -> None:
-    here = sorted(os.sched_getaffinity(0))
-    code = SETTLE.format(pin=pin, role=role)
-    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    bound, nice = (here[-1:], yields) if pin else (here, 0)
-    assert shown.stdout == f"{here} {bound} {bound} 1 {os.nice(0) + nice}\n"
-
-
-LEAVE = """
-import os, threading
+IN_PROCESSES = """
+import os, sys, threading
 from rlsys import RunConfig
 from rlsys.actors.process import leave_core_to, settle
-config = RunConfig.model_validate({"task": {"name": "arithmetic"}})
-waiting = threading.Event()
-thread = threading.Thread(target=waiting.wait)
-found = settle("rollout", config)
-thread.start()
-leave_core_to(thread.native_id, found, config)
-print(sorted(os.sched_getaffinity(thread.native_id)), sorted(os.sched_getaffinity(0)))
-waiting.set()
+
+def start():
+    waiting = threading.Event()
+    thread = threading.Thread(target=waiting.wait, daemon=True)
+    thread.start()
+    return thread.native_id
+
+def cores(number=0):
+    return sorted(os.sched_getaffinity(number))
+
+def settled(role, pin):
+    config = RunConfig.model_validate({"task": {"name": "arithmetic"}, "resources": {"pin_cores": pin}})
+    thread = start()
+    found = settle(role, config)
+    return found, cores(), cores(thread), os.environ["OMP_NUM_THREADS"], os.nice(0)
+
+def left():
+    config = RunConfig.model_validate({"task": {"name": "arithmetic"}})
+    found = settle("rollout", config)
+    thread = start()
+    leave_core_to(thread, found, config)
+    return cores(thread), cores()
+
+for work in sys.argv[1:]:  # each in a process of its own, for it changes the process
+    if os.fork() == 0:
+        print(eval(work), flush=True)
+        os._exit(0)
+    os.wait()
 """
+
+
+def in_processes(*works: str) -> list[Any]:
+    """What each expression gives in a fresh process."""
+    command = [sys.executable, "-c", IN_PROCESSES, *works]
+    shown = subprocess.run(command, capture_output=True, text=True, check=True)
+    return [ast.literal_eval(line) for line in shown.stdout.splitlines()]
+
+
+def test_pinning_binds_threads_that_run_already_and_lets_the_others_yield() -> None:
+    cases = [(role, pin, yields) for role, yields in (("learner", 5), ("other", 10)) for pin in (True, False)]
+    found = in_processes(*(f"settled({role!r}, {pin})" for role, pin, _ in cases))
+    here = sorted(os.sched_getaffinity(0))
+    for result, (_, pin, yields) in zip(found, cases, strict=True):
+        bound, nice = (here[-1:], yields) if pin else (here, 0)
+        assert result == (here, bound, bound, "1", min(19, os.nice(0) + nice))  # 19 is the end of the scale
 
 
 def test_a_rollout_workers_core_is_left_to_the_thread_that_decodes() -> None:
     cores = sorted(os.sched_getaffinity(0))
-    shown = subprocess.run([sys.executable, "-c", LEAVE], capture_output=True, text=True, check=True)
-    assert shown.stdout == f"{cores[:1]} {cores[1:] or cores}\n"
+    assert in_processes("left()") == [(cores[:1], cores[1:] or cores)]
 
 
 def test_a_directory_that_only_another_node_has_is_missed_by_name(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from itertools import pairwise
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rlsys.control.loop import TrainingLoop
@@ -77,6 +77,7 @@ def test_a_backlog_ages_every_token_by_as_many_versions(backlog: int) -> None:
     assert [set(batch.ages) for batch in r.learner.batches] == [{min(step, backlog)} for step in range(20)]
 
 
+@settings(max_examples=40)
 @given(
     st.integers(0, 3),
     st.integers(1, 3),

@@ -171,17 +171,16 @@ def test_an_on_policy_batch_is_as_near_to_the_fresh_gradient_as_fresh_ones_to_ea
 def test_the_sequence_weight_restores_what_staleness_took_from_an_uncorrected_batch(directory, other):
     """With many samples the floor is near 1. `is_sequence` is unbiased: it keeps everything, off-policy too."""
     cosine, floor, kept = dict[str, float](), dict[str, float](), dict[str, float]()
+    behavior = GradientAudit(make_config(), other)
+    batches = [scored(behavior.sample(PROMPTS, 400, seed=1000 + seed)) for seed in range(4)]
     for objective in ("is_sequence", "reinforce"):
         config = make_config(
             "rollout.samples_per_prompt=400",
             objective={"name": objective, "reduce": "constant"},
             advantage={"name": "rloo"},
         )
-        audit, behavior = GradientAudit(config, directory), GradientAudit(config, other)
-        results = [
-            audit.measure(scored(behavior.sample(PROMPTS, 400, seed=1000 + seed)), reward, version=0, seed=seed)
-            for seed in range(4)
-        ]
+        audit = GradientAudit(config, directory)
+        results = [audit.measure(batch, reward, version=0, seed=seed) for seed, batch in enumerate(batches)]
         cosine[objective] = mean(result.cosine for result in results)
         floor[objective] = mean(result.cosine_floor for result in results)
         kept[objective] = known(kept_of(results))
