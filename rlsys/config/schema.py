@@ -275,8 +275,7 @@ class ResourcesConfig(Section):
     object_store_gib: PositiveFloat = 1.0
     """Shared memory of a cluster started here; a few versions and batches must fit."""
     roles: Flag = False
-    """Rollout workers, learner ranks and reward workers each demand one unit of the custom Ray resource of that name,
-    so that each lands on nodes that offer it and the autoscaler adds nodes. Reference and probe go where a GPU is."""
+    """Rollout workers, learner ranks and reward workers demand one unit of the Ray resource of their name each."""
 
 
 class RunConfig(Section):
