@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from rlsys.errors import ChecksumMismatch, WeightSyncError
@@ -477,7 +477,6 @@ FATES = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=40)
 @given(st.lists(st.tuples(FATES, st.floats(0, 30)), min_size=1, max_size=4), st.lists(st.floats(0, 20), min_size=4))
 def test_who_is_left_serves_the_newest_version(fates: list[tuple[dict[str, Any], float]], waits: list[float]) -> None:
     acks: list[Ack] = []
