@@ -133,11 +133,12 @@ class CollectiveSync(WeightSync):
                 await self._give_up()
 
     def _lacking(self) -> tuple[str, ...]:
-        """Workers that are to get the published version now."""
+        """Workers that are to get the published version now. Those that serve one come first: no joiner fails them."""
         if self._ticket is None:
             return ()
         version = self._ticket.manifest.version
-        return tuple(n for n in sorted(self._workers.keys() - self._resting) if self._serving.get(n, -1) < version)
+        names = tuple(n for n in sorted(self._workers.keys() - self._resting) if self._serving.get(n, -1) < version)
+        return tuple(name for name in names if name in self._serving) or names
 
     async def _attempt(self, ticket: WeightTicket, names: tuple[str, ...]) -> dict[str, str]:
         """Bring a version to these workers; returns why those that do not serve it now do not."""

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from rlsys.errors import ChecksumMismatch, WeightSyncError
@@ -478,6 +478,7 @@ FATES = st.fixed_dictionaries(
 
 
 @given(st.lists(st.tuples(FATES, st.floats(0, 30)), min_size=1, max_size=4), st.lists(st.floats(0, 20), min_size=4))
+@example([({"lost_at": 2}, 16.0), ({"hangs_at": 2}, 0.0), ({"hangs_at": 2}, 1.0)], [0.0] * 4)
 def test_who_is_left_serves_the_newest_version(fates: list[tuple[dict[str, Any], float]], waits: list[float]) -> None:
     acks: list[Ack] = []
 
