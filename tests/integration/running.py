@@ -1,7 +1,6 @@
 """Real runs of the command line: started in a process group of their own, watched, and looked for afterwards."""
 
 import contextlib
-import json
 import os
 import re
 import signal
@@ -18,6 +17,8 @@ from typing import Any
 import psutil
 import pyarrow.parquet as pq
 import yaml
+
+from rlsys.observability.run_directory import read_jsonl
 
 PATIENCE_S = 600
 """Longest wait for something that takes seconds on an idle machine."""
@@ -256,8 +257,8 @@ def environment() -> dict[str, str]:
 
 
 def rows(path: Path) -> list[dict[str, Any]]:
-    """All lines of a JSON-lines file."""
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    """All lines of a JSON-lines file, but for one that is being written at this moment."""
+    return list(read_jsonl(path))
 
 
 def steps(run_dir: Path) -> list[dict[str, Any]]:
