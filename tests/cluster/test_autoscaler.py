@@ -43,6 +43,7 @@ def until(condition):
 told = {"first": until(lambda now: now.version > 2)}
 unwrap(controller.scale.remote(rollout=2))
 told["up"] = until(lambda now: now.workers["rollout"].ready == 2)
+until(lambda now: now.metrics["workers/rollout/ready"] == 2)  # a step was written down with both
 unwrap(controller.scale.remote(rollout=1))
 told["left"] = until(lambda now: now.workers["rollout"].ready == 1)
 told["down"] = until(lambda now: nodes() == 1)
