@@ -61,10 +61,9 @@ def look_at_all() -> tuple[dict[str, Live], dict[str, ClusterError]]:
     for name, references in asked.items():
         try:
             found[name] = _live(name, references, ready)
-        except NoSuchRun:
-            pass
         except ClusterError as error:
-            silent[name] = error
+            if not isinstance(error, NoSuchRun):  # that one has ended
+                silent[name] = error
     return found, silent
 
 
